@@ -1,0 +1,54 @@
+"""The command `stl`: a table of commands, each imported only when it is called."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from stl_lightning.errors import STLError
+
+# name -> (module of the package `cli` that holds a function of that name, what it does)
+COMMANDS = {
+    "run": ("train", "train all branches on this machine, then make the ensemble"),
+    "fit": ("train", "train the branches that this rank owns (under torchrun, srun or a SLURM array, or alone)"),
+    "baseline": ("train", "train the conventional network on the whole image"),
+    "ensemble": ("ensemble", "combine the finished branches of a run and score them on the test set"),
+    "validate": ("score", "score the branches of this rank on the validation split"),
+    "test": ("score", "score the branches of this rank on the test set"),
+    "predict": ("score", "write the logits of the branches of this rank to files"),
+    "completion": ("completion", "print a completion script for a shell: bash, zsh or tcsh"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items())
+    return (
+        "usage: stl COMMAND [--config FILE.yaml] [--key.subkey VALUE ...]\n\n"
+        "Train spectral tensor networks: independent branches, no communication, one ensemble.\n\n"
+        f"commands:\n{rows}\n\n"
+        "`stl COMMAND --help` lists all settings of a command, `--print_config` prints them as a config file."
+    )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 a branch failed, 2 the user can cure it."""
+    name, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        print(f"stl: unknown command {name!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        module = import_module(f"stl_lightning.cli.{COMMANDS[name][0]}")
+        return getattr(module, name)(rest)
+    except STLError as error:
+        print(f"stl {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stl {name}: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Checkpoints of a branch: written whole or not at all, read without executing them, resumed to the bit."""
+
+import hashlib
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+
+from stl_lightning.errors import CheckpointError
+from stl_lightning.module import IDENTITY
+from stl_lightning.paths import BranchPaths, write_atomically
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes through a temporary file that is flushed and renamed; loads tensors and plain types only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        return load_checkpoint(Path(path))
+
+
+def load_checkpoint(path: Path, identity: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, and check whose it is if `identity` is given.
+
+    Raises: CheckpointError if the file is missing, truncated, holds anything but tensors and plain types, or is of
+    another branch or run.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}; train the branch with `stl fit`") from None
+    except pickle.UnpicklingError as error:
+        reason = "it holds objects that would execute code when loaded" if zipfile.is_zipfile(path) else "it is damaged"
+        raise CheckpointError(f"refused to load {path}: {reason}. Delete it to train the branch again") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read {path}: it is truncated or damaged. Delete it to train again") from error
+    if identity is not None:
+        _check_identity(checkpoint, identity, path)
+    return checkpoint
+
+
+def _check_identity(checkpoint: Any, identity: dict[str, Any], path: Path) -> None:
+    found = checkpoint.get(IDENTITY) if isinstance(checkpoint, dict) else None
+    if found is None:
+        raise CheckpointError(f"{path} was not written by stl_lightning; expected a checkpoint of branch {identity['branch']}")
+    wrong = [key for key in identity if found.get(key) != identity[key]]
+    if wrong:
+        listed = ", ".join(f"{key} is {found.get(key)!r}, expected {identity[key]!r}" for key in wrong)
+        raise CheckpointError(f"{path} belongs to another branch or run: {listed}")
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file, in hex: ties cached logits to the weights they were computed with."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes `last.ckpt` after every epoch and, if asked, every so many steps; makes the resumed run bit-identical.
+
+    Beyond what Lightning saves it keeps the state of the random generators (dropout). Validation runs before the end
+    of the epoch, so a checkpoint at that point has nothing left to repeat.
+    """
+
+    def __init__(self, paths: BranchPaths, every_n_steps: int | None = None) -> None:
+        self.paths = paths
+        self.every_n_steps = every_n_steps
+        self._rng: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._rng is not None:
+            _restore_rng(self._rng)
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        at_step = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        # The end of an epoch has its own checkpoint, after validation.
+        if at_step and not trainer.is_last_batch:
+            self._save(trainer, module)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._save(trainer, module)
+
+    def _save(self, trainer: Trainer, module: LightningModule) -> None:
+        module.stop_if_diverged()  # type: ignore[operator]
+        trainer.save_checkpoint(self.paths.last)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rng"] = _rng_state()
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._rng = checkpoint["rng"]
+
+
+def best_checkpoint(paths: BranchPaths, monitor: str) -> ModelCheckpoint:
+    """Keeps `best.ckpt`, the weights with the best value of `monitor` on the validation split."""
+    mode = "max" if monitor.endswith("acc") else "min"
+    return ModelCheckpoint(
+        paths.folder, paths.best.stem, monitor=monitor, mode=mode, enable_version_counter=False, save_weights_only=True
+    )
+
+
+def _rng_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,62 @@
+"""`stl fit`, `stl run` and `stl baseline`: train branches."""
+
+import sys
+from collections.abc import Iterable
+
+from stl_lightning.cli.config import SpectralCLI, quiet
+from stl_lightning.cli.ensemble import combine
+from stl_lightning.errors import ConfigError
+from stl_lightning.ranks import RankInfo
+from stl_lightning.run import claim_run
+from stl_lightning.status import read_status
+from stl_lightning.training import BranchJob, train_branch
+
+
+def fit(args: list[str]) -> int:
+    """Train the branches this rank owns, one after the other."""
+    cli = SpectralCLI(args, "fit", "Train the branches that this rank owns, without any communication.")
+    quiet()
+    branches = cli.owned_branches()
+    run = cli.claim()
+    return exit_code(train_all(cli.job(run, branch) for branch in branches))
+
+
+def run(args: list[str]) -> int:
+    """Train all branches in this process, then make the ensemble."""
+    cli = SpectralCLI(args, "run", "Train all branches on this machine, then make the ensemble.")
+    quiet()
+    if RankInfo.detect().launcher != "none":
+        raise ConfigError("`stl run` is for one process; under a launcher use `stl fit`, and `stl ensemble` afterwards")
+    branches = cli.owned_branches()
+    claimed = cli.claim()
+    n_failed = train_all(cli.job(claimed, branch) for branch in branches)
+    combine(claimed, cli.ensemble_options)
+    return exit_code(n_failed)
+
+
+def baseline(args: list[str]) -> int:
+    """Train the conventional network on the whole image, into the folder `baseline` of the run."""
+    cli = SpectralCLI(args, "baseline", "Train the conventional network on the whole image.").as_baseline()
+    quiet()
+    claimed = claim_run(cli.options.paths.baseline, cli.data.agreement())
+    return exit_code(train_all([cli.job(claimed, 0)]))
+
+
+def train_all(jobs: Iterable[BranchJob]) -> int:
+    """Train each branch, whatever becomes of the others; returns how many failed."""
+    n_failed = 0
+    for job in jobs:
+        outcome = train_branch(job)
+        status = read_status(job.paths, job.branch)
+        if outcome == "failed":
+            n_failed += 1
+            print(f"branch {job.branch}: FAILED: {status.error}", file=sys.stderr, flush=True)
+        else:
+            what = "is finished already" if outcome == "skipped" else "finished"
+            print(f"branch {job.branch}: {what}, {status.epoch} epochs, validation loss {status.loss:.4f}", flush=True)
+    return n_failed
+
+
+def exit_code(n_failed: int) -> int:
+    """1 if a branch failed; but 0 under torchrun, which would end the other ranks: `status.json` keeps the failure."""
+    return int(n_failed > 0 and RankInfo.detect().launcher != "torchrun")

@@ -1,0 +1,207 @@
+"""Fits an ensemble on validation logits: weighting and space by cross-validation, weights and temperature.
+
+Axes: b members, n samples, k classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from stl_lightning.ensemble.metrics import accuracy, sample_nll
+from stl_lightning.ensemble.pooling import fit_temperature, pool, space_named, temper
+from stl_lightning.ensemble.weighting import WEIGHTINGS
+from stl_lightning.errors import ConfigError, DataError, unknown
+
+AUTO = "auto"
+SEARCHED_SPACES = ("log_prob", "prob")  # `logits` gives one weight a member nothing that `log_prob` does not
+# A candidate so many standard errors behind on so many samples is not tried further.
+HOPELESS_SE, HOPELESS_SAMPLES = 5.0, 200
+
+Candidate = tuple[str, str]  # weighting, space
+
+
+class Score(TypedDict):
+    """Cross-validated quality of one weighting in one space, after the temperature. Plain enough for JSON."""
+
+    weighting: str
+    space: str
+    n_samples: int  # fewer than all where it was given up for far behind after some folds
+    nll: float  # nats
+    nll_se: float  # standard error of `nll` over samples
+    accuracy: float
+
+
+@dataclass(frozen=True, eq=False)
+class FittedEnsemble:
+    """Weighted members and a temperature: all that turns their logits into one prediction."""
+
+    weighting: str
+    space: str
+    weights: Tensor  # (b,), (b, k) or (b, k, k + 1), float64; see `pooling`
+    temperature: float
+    members: tuple[int, ...]  # branch numbers, in the order of the weights
+    cv: tuple[Score, ...]  # what was tried, in the order of the table
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of the ensemble: logits (b, n, k) in the order of `members` -> (n, k)."""
+        if len(logits) != len(self.members):
+            raise DataError(f"logits: expected those of members {self.members}, received {len(logits)} members")
+        return temper(pool(logits, self.weights, self.space), self.temperature)
+
+    def member_weights(self) -> list[float]:
+        """One number a member, for tables: the weight, its mean over classes, or the mean diagonal of its map."""
+        weights = self.weights
+        if weights.ndim == 3:
+            weights = weights.diagonal(dim1=1, dim2=2)
+        return weights.flatten(1).mean(1).tolist() if weights.ndim > 1 else weights.tolist()
+
+    def subset(self, members: Sequence[int]) -> "FittedEnsemble":
+        """The ensemble of the named members alone, in the order of this one; the temperature stays.
+
+        One weight a member, or a member and class: the remaining weights grow in proportion until their sum
+        (of the class) is what it was; equal shares if all are zero. Affine maps: the sum of the lost maps is
+        added to the kept ones in equal shares, as if each lost member had predicted the mean of the kept.
+        """
+        missing = set(members) - set(self.members)
+        if missing or not members:
+            raise DataError(f"members: expected some of {self.members}, received {tuple(members)}")
+        kept = [i for i, member in enumerate(self.members) if member in members]
+        weights = _share_out(self.weights, kept)
+        return replace(self, weights=weights, members=tuple(self.members[i] for i in kept))
+
+
+def _share_out(weights: Tensor, kept: list[int]) -> Tensor:
+    """The weights of the kept members, changed so that the sum over members stays."""
+    rest, total = weights[kept], weights.sum(0)
+    if weights.ndim == 3:
+        return rest + (total - rest.sum(0)) / len(kept)
+    return torch.where(rest.sum(0) > 0, rest * (total / rest.sum(0)), total / len(kept))
+
+
+def fit_ensemble(
+    logits: Tensor,
+    labels: Tensor,
+    members: Sequence[int],
+    weighting: str = AUTO,
+    space: str = AUTO,
+    n_folds: int = 5,
+    seed: int = 0,
+) -> FittedEnsemble:
+    """Fits weights and temperature to validation logits (b, n, k) and labels (n,) of the numbered members.
+
+    `auto` takes the first candidate, in the order of `WEIGHTINGS`, whose cross-validated NLL after the
+    temperature is within one standard error (of the paired difference) of the lowest. The temperature is
+    fitted to the cross-validated predictions, which do not flatter a weighting with many weights.
+
+    Raises ConfigError for unknown or unfit settings and DataError for unfit logits or labels.
+    """
+    candidates = _candidates(weighting, space, len(members))
+    _check(logits, labels, members, n_folds)
+    logits = logits.double()
+    folds = _folds(len(labels), n_folds, seed, labels.device)
+    predictions = _cross_predict(logits, labels, candidates, folds)
+    order = torch.cat(folds)
+    losses = {c: _tempered_losses(p, labels[order[: len(p)]]) for c, p in predictions.items()}
+    chosen = _within(1.0, {c: loss for c, loss in losses.items() if len(loss) == len(order)})[0]
+    return FittedEnsemble(
+        weighting=chosen[0],
+        space=chosen[1],
+        weights=WEIGHTINGS[chosen[0]](logits, labels, chosen[1]),
+        temperature=fit_temperature(predictions[chosen], labels[order]),
+        members=tuple(members),
+        cv=tuple(_score(c, losses[c], predictions[c], labels[order]) for c in candidates),
+    )
+
+
+def _candidates(weighting: str, space: str, n_members: int) -> list[Candidate]:
+    """The pairs to try, the simplest first; one pair if neither setting is `auto`."""
+    if weighting not in (AUTO, *WEIGHTINGS):
+        raise unknown("ensemble.weighting", weighting, [AUTO, *WEIGHTINGS])
+    if space != AUTO:
+        space_named(space)
+    # One member has nothing to be weighed against: the first row, weight 1.
+    every = list(WEIGHTINGS) if n_members > 1 else list(WEIGHTINGS)[:1]
+    names = every if weighting == AUTO else [weighting]
+    spaces = SEARCHED_SPACES if space == AUTO else (space,)
+    candidates = [(name, s) for name in names for s in spaces if s in WEIGHTINGS[name].spaces]
+    if not candidates:
+        valid = ", ".join(WEIGHTINGS[weighting].spaces)
+        raise ConfigError(f"ensemble.space: weighting {weighting!r} works in {valid}; received {space!r}")
+    return candidates
+
+
+def _check(logits: Tensor, labels: Tensor, members: Sequence[int], n_folds: int) -> None:
+    expected = (len(members), len(labels))
+    if logits.ndim != 3 or logits.shape[:2] != expected or not logits.is_floating_point():
+        raise DataError(
+            f"logits: expected floats of shape (members, samples, classes) with (members, samples) = {expected}, "
+            f"received {logits.dtype} {tuple(logits.shape)}"
+        )
+    if len(set(members)) != len(members) or not members:
+        raise DataError(f"members: expected different numbers, at least one; received {tuple(members)}")
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        received = f"{labels.dtype} {tuple(labels.shape)}"
+        raise DataError(f"labels: expected int64 of shape (samples,), received {received}")
+    if not 2 <= n_folds <= len(labels):
+        raise ConfigError(f"ensemble.n_folds: expected 2 to {len(labels)}, the samples; received {n_folds}")
+    if labels.min() < 0 or labels.max() >= logits.shape[-1]:
+        valid, received = f"0 to {logits.shape[-1] - 1}", f"{labels.min()} to {labels.max()}"
+        raise DataError(f"labels: expected {valid} (the classes of the logits), received {received}")
+    broken = [m for m, ours in zip(members, logits, strict=True) if not ours.isfinite().all()]
+    if broken:
+        raise DataError(f"logits: expected finite numbers, received NaN or infinity from member(s) {broken}")
+
+
+def _folds(n: int, n_folds: int, seed: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Shuffled sample numbers in n_folds parts that differ in size by one at most."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device).tensor_split(n_folds)
+
+
+def _cross_predict(
+    logits: Tensor, labels: Tensor, candidates: list[Candidate], folds: tuple[Tensor, ...]
+) -> dict[Candidate, Tensor]:
+    """Log-probabilities for each fold from weights fitted to the others, folds in order: (n, k) a candidate.
+
+    A candidate that is far behind is not fitted to further folds; its rows end there.
+    """
+    predictions = {candidate: logits.new_empty(0, logits.shape[-1]) for candidate in candidates}
+    alive = candidates
+    for i, held in enumerate(folds):
+        rest, seen = torch.cat(folds[:i] + folds[i + 1 :]), torch.cat(folds[: i + 1])
+        for name, space in alive:
+            weights = WEIGHTINGS[name](logits[:, rest], labels[rest], space)
+            pooled = pool(logits[:, held], weights, space)
+            predictions[name, space] = torch.cat([predictions[name, space], pooled])
+        if len(seen) >= HOPELESS_SAMPLES:
+            alive = _within(HOPELESS_SE, {c: _tempered_losses(predictions[c], labels[seen]) for c in alive})
+    return predictions
+
+
+def _tempered_losses(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """NLL of every sample after the best temperature for all of them: (n, k), (n,) -> (n,)."""
+    return sample_nll(temper(log_probs, fit_temperature(log_probs, labels)), labels)
+
+
+def _within(n_se: float, losses: dict[Candidate, Tensor]) -> list[Candidate]:
+    """The candidates at most n_se standard errors (of the paired difference) above the lowest mean loss."""
+    best = min(losses.values(), key=lambda loss: loss.mean().item())
+    behind = {candidate: loss - best for candidate, loss in losses.items()}
+    return [candidate for candidate, d in behind.items() if d.mean() <= n_se * _standard_error(d)]
+
+
+def _standard_error(x: Tensor) -> float:
+    return (x.std() / len(x) ** 0.5).item()
+
+
+def _score(candidate: Candidate, losses: Tensor, log_probs: Tensor, labels: Tensor) -> Score:
+    return Score(
+        weighting=candidate[0],
+        space=candidate[1],
+        n_samples=len(losses),
+        nll=losses.mean().item(),
+        nll_se=_standard_error(losses),
+        accuracy=accuracy(log_probs, labels[: len(losses)]).item(),
+    )

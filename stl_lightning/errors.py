@@ -1,0 +1,36 @@
+"""The exceptions a user may see. Each message states what was expected, what was received and the setting to change."""
+
+from collections.abc import Iterable
+
+
+class STLError(Exception):
+    """Base of every error that the user can cure; the command line prints its message without a traceback."""
+
+
+class ConfigError(STLError, ValueError):
+    """A setting is unknown, out of range, or does not fit another setting."""
+
+
+class DataError(STLError):
+    """Images or labels are missing, unreadable or out of range."""
+
+
+class RunError(STLError):
+    """A run directory is unwritable, belongs to other settings, or lacks what was asked of it."""
+
+
+class CheckpointError(STLError):
+    """A checkpoint is truncated, unsafe to load, or of another branch or run."""
+
+
+class DivergedError(STLError):
+    """The training loss of a branch stopped being a finite number."""
+
+
+class CommunicationError(STLError, RuntimeError):
+    """A rank was about to talk to another rank, which this method never does."""
+
+
+def unknown(setting: str, received: object, valid: Iterable[str]) -> ConfigError:
+    """The error for a name that is not in a table: lists the names that are."""
+    return ConfigError(f"{setting}: unknown value {received!r}; expected one of: {', '.join(sorted(valid))}")

@@ -1,0 +1,105 @@
+"""Batches of a branch: an order that every rank computes for itself, and a loader that resumes at any batch.
+
+The order of an epoch depends on (seed, epoch) alone, so all branches see the images in the same order without talking.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+class BatchSource(Protocol):
+    """Labelled examples that are fetched a batch at a time."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, positions: Tensor, epoch: int | None) -> tuple[Tensor, Tensor]:
+        """The inputs (n c h w) and labels (n,) at `positions` (n,); `epoch` selects the augmentation, None none."""
+
+
+def epoch_order(n_examples: int, seed: int, epoch: int) -> Tensor:
+    """A permutation (n,) that depends on (seed, epoch) alone."""
+    # Seeds of consecutive runs and epochs must not meet: run 0, epoch 1 is not run 1, epoch 0.
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n_examples, generator=generator)
+
+
+class ResumableLoader:
+    """Iterates over the batches of the current epoch, in training order or (without a seed) in stored order.
+
+    `state_dict` counts the batches handed out, whatever worker processes have prefetched, so a run that continues from
+    it sees each of the remaining batches once.
+    """
+
+    batch_sampler = None  # Lightning looks for it wherever it finds a `sampler`
+
+    def __init__(self, source: BatchSource, batch_size: int, seed: int | None = None, num_workers: int = 0) -> None:
+        self.source = source
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.epoch = 0
+        self._handed_out = 0
+        self._resume_at: tuple[int, int] | None = None
+
+    @property
+    def sampler(self) -> "ResumableLoader":
+        """Itself: Lightning sets the epoch on the sampler of a loader."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # A generator: Lightning creates the iterator before it sets the epoch, and asks for the first batch after.
+        epoch = None if self.seed is None else self.epoch
+        first = self._first_batch()
+        for self._handed_out, batch in enumerate(self._batches(epoch, first), start=first + 1):
+            yield batch
+
+    def _first_batch(self) -> int:
+        resume_at, self._resume_at = self._resume_at, None
+        if resume_at is None or resume_at[0] != self.epoch:
+            return 0
+        return resume_at[1]
+
+    def _batches(self, epoch: int | None, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        n = len(self.source)
+        order = torch.arange(n) if self.seed is None else epoch_order(n, self.seed, self.epoch)
+        wanted = [(positions, epoch) for positions in order.split(self.batch_size)[first:]]
+        dataset = _Fetched(self.source)
+        if self.num_workers == 0:
+            return (dataset[key] for key in wanted)
+        # The loader draws a base seed for its workers: from a generator of its own, or the dropout masks would depend
+        # on the number of workers.
+        return iter(
+            DataLoader(
+                dataset,
+                sampler=wanted,
+                batch_size=None,
+                num_workers=self.num_workers,
+                generator=torch.Generator().manual_seed(0),
+            )
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "batches": self._handed_out}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._resume_at = (state["epoch"], state["batches"])
+
+
+class _Fetched(Dataset[tuple[Tensor, Tensor]]):
+    """A batch source as a data set whose keys are (positions, epoch): workers prefetch with the right epoch."""
+
+    def __init__(self, source: BatchSource) -> None:
+        self.source = source
+
+    def __getitem__(self, key: Any) -> tuple[Tensor, Tensor]:
+        return self.source.batch(*key)

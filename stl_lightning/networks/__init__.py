@@ -1,0 +1,14 @@
+"""Branch networks and baselines: plain modules built from the shape of their input and the number of classes.
+
+A network is a class whose first two parameters are `in_shape` (c, h, w) and `n_classes`; all others are
+options with defaults, which a YAML file can state. Weights come from torch's global generator while the
+object is built, and from nothing else: a caller that forks and seeds the generator decides them.
+
+Letters: n samples, c channels, h w space, k classes.
+"""
+
+from .convnet import ConvNet
+from .mlp import MLP
+from .resnet import ResNet
+
+__all__ = ["MLP", "ConvNet", "ResNet"]

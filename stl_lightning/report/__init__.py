@@ -1,0 +1,1 @@
+"""Tables of results; reads result files only."""

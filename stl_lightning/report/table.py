@@ -1,0 +1,63 @@
+"""The row of the paper's Table 1 and the rows of the branches, from `results.json`."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_results(results: dict[str, Any], console: Console | None = None) -> None:
+    """Print the tables; without boxes and colours when the output is not a terminal."""
+    console = console or Console(width=None)
+    for table in (branch_table(results), summary_table(results)):
+        console.print(table)
+    console.print(
+        f"weights: {results['weighting']} on {results['space']}, fitted on the validation split; "
+        f"temperature {results['temperature']:.3f}; {results['n_test']} test images",
+        highlight=False,
+    )
+    for branch, reason in results["unreadable"].items():
+        console.print(f"branch {branch} is left out: {reason}", highlight=False)
+    if results["missing"]:
+        listed = ", ".join(map(str, results["missing"]))
+        console.print(f"PARTIAL ENSEMBLE: branches missing: {listed}", style="bold", highlight=False)
+
+
+def summary_table(results: dict[str, Any]) -> Table:
+    """Mean, Highest, Ens. and Baseline accuracy in percent, as in Table 1, and the ensemble's calibration."""
+    ensemble, baseline = results["ensemble"], results["baseline"]
+    table = Table(title="test set")
+    for column in ("Mean", "Highest", "Ens.", "Baseline", "NLL", "ECE"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        percent(results["mean"]),
+        percent(results["highest"]),
+        percent(ensemble["accuracy"]),
+        percent(baseline["accuracy"]) if baseline else "-",
+        f"{ensemble['nll']:.4f}",
+        f"{ensemble['ece']:.4f}",
+    )
+    return table
+
+
+def branch_table(results: dict[str, Any]) -> Table:
+    """A row a branch: what it reads, how good it is alone, what it weighs in the sum."""
+    table = Table(title="branches")
+    for column in ("branch", "(u, v)", "parameters", "val acc", "test acc", "test NLL", "weight"):
+        table.add_column(column, justify="right")
+    for row in results["branches"]:
+        u, v = row["frequency"]
+        table.add_row(
+            str(row["branch"]),
+            f"({u}, {v})",
+            f"{row['n_parameters']:,}",
+            percent(row["val"]["accuracy"]),
+            percent(row["test"]["accuracy"]),
+            f"{row['test']['nll']:.4f}",
+            "-" if row["weight"] is None else f"{row['weight']:.3f}",
+        )
+    return table
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f}"

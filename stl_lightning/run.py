@@ -1,0 +1,114 @@
+"""The run directory: its options, `run.json`, and the check that whoever joins a run has the same settings."""
+
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stl_lightning.errors import RunError
+from stl_lightning.paths import RunPaths, read_json
+
+
+@dataclass
+class RunOptions:
+    """Where a run is kept and which part of it this process trains.
+
+    Args:
+        name: Name of the run: its folder under `root`, its group in W&B.
+        root: Folder that holds the runs.
+        branches: Branches to train; null takes those that this rank owns.
+        checkpoint_every_n_steps: Write `last.ckpt` this often besides at the end of every epoch; null does not.
+        monitor: Validation metric whose best value selects `best.ckpt`: val/acc or val/loss.
+    """
+
+    name: str = "default"
+    root: str = "runs"
+    branches: list[int] | None = None
+    checkpoint_every_n_steps: int | None = None
+    monitor: str = "val/acc"
+
+    @property
+    def paths(self) -> RunPaths:
+        return RunPaths(Path(self.root) / self.name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A claimed run directory. `id` is random, so two runs of equal settings differ; `hash` covers the settings."""
+
+    paths: RunPaths
+    id: str
+    hash: str
+    settings: dict[str, Any]
+
+    def identity(self, branch: int) -> dict[str, Any]:
+        """What a checkpoint of this run says of itself."""
+        return {"run": self.id, "settings": self.hash, "branch": branch}
+
+
+def claim_run(paths: RunPaths, settings: dict[str, Any]) -> Run:
+    """Open the run directory for these settings; the first rank to come creates `run.json`, the others compare.
+
+    Raises: RunError if it cannot be written, or belongs to other settings (names the keys that differ).
+    """
+    settings = json.loads(json.dumps(settings))  # tuples become lists, as they are when read back
+    content = {"id": secrets.token_hex(4), "hash": settings_hash(settings), "settings": settings}
+    _create(paths.run_json, json.dumps(content, indent=2) + "\n")
+    run = open_run(paths)
+    differing = different_keys(run.settings, settings)
+    if differing:
+        listed = "; ".join(f"{key} is {a!r} there and {b!r} here" for key, (a, b) in differing.items())
+        raise RunError(f"{paths.folder} belongs to other settings: {listed}. Choose another `run.name`, or delete it")
+    return run
+
+
+def open_run(paths: RunPaths) -> Run:
+    """Raises: RunError if `paths` holds no run."""
+    if not paths.run_json.exists():
+        raise RunError(f"{paths.folder} is not a run directory: it holds no run.json. Train one with `stl fit` or `stl run`")
+    content = read_json(paths.run_json)
+    try:
+        return Run(paths, content["id"], content["hash"], content["settings"])
+    except (KeyError, TypeError):
+        raise RunError(f"{paths.run_json} is not a run file: expected the keys id, hash and settings") from None
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def different_keys(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys at which two nested mappings differ, with both values."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in sorted({*old, *new}):
+            found |= different_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        return found
+    return {} if old == new else {prefix: (old, new)}
+
+
+def _create(path: Path, text: str) -> None:
+    """Create a file with its whole content, or leave the one that is there: ranks race for it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            return
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".run.", delete=False) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary = Path(file.name)
+        temporary.chmod(0o644)
+        try:
+            os.link(temporary, path)  # fails if another rank was first, where a rename would overwrite
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error}. Choose another `run.root`, or make it writable") from error

@@ -1,0 +1,350 @@
+"""Named data sets -> labelled images, uint8, split into "train" and "test".
+
+A row of `SOURCES` turns a `Request` into a `Source`. Opening is cheap: it looks at file names and labels.
+Pixels are read by `Source.load` (sets of small images, one tensor) or by `ImageFiles.fetch` (folders of
+image files). Validation images are for the caller to take from "train".
+
+Letters: n samples, c channels, h w space, k classes.
+"""
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .augment import PixelAugment, box_draws, resized_crop_box, uniform
+from .errors import ConfigError, DataError, unknown
+
+SPLITS = ("train", "test")
+FOLDER_LAYOUT = "expected data.root/train/CLASS/*.jpg and data.root/test/CLASS/*.jpg (or val for test)"
+
+
+@dataclass(frozen=True)
+class ImageArray:
+    """Images in memory. Shapes: pixels (n, c, h, w) uint8, labels (n,) int64."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.pixels) != len(self.labels):
+            received = f"{len(self.labels)} labels and {len(self.pixels)} images"
+            raise DataError(f"expected one label per image, received {received}; correct data.root")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fetch(
+        self, indices: Tensor | np.ndarray, augment: PixelAugment | None = None, seed: int = 0, epoch: int = 0
+    ) -> Tensor:
+        """The images at `indices` (n,), augmented with the draws of (seed, epoch): (n, c, h, w) uint8.
+
+        Raises: ConfigError for `resized_crop`, which needs images larger than they are wanted.
+        """
+        if augment and augment.resized_crop:
+            raise ConfigError(
+                "data.augment.resized_crop: expected null for this source, whose images have one small size, "
+                f"received {augment.resized_crop}; use data.augment.crop_pad"
+            )
+        images = self.pixels[torch.as_tensor(indices)]
+        return augment(images, seed, epoch, indices) if augment else images
+
+
+class ImageFiles:
+    """Images in files, decoded when they are fetched. Shapes: labels (n,) int64."""
+
+    def __init__(self, paths: Sequence[str], labels: Tensor, image_size: int) -> None:
+        # One array, not a million str objects: each worker process would copy those, page by page, as their
+        # reference counts change.
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.labels = labels
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fetch(
+        self, indices: Tensor | np.ndarray, augment: PixelAugment | None = None, seed: int = 0, epoch: int = 0
+    ) -> Tensor:
+        """The images at `indices` (n,), augmented with the draws of (seed, epoch): (n, 3, h, w) uint8.
+
+        Equivalent: torchvision's Resize(image_size * 256 / 224) and CenterCrop(image_size), or, with
+        `resized_crop`, RandomResizedCrop(image_size); RGB, bilinear.
+        Raises: DataError that names a file which is no readable image.
+        """
+        scale = augment.resized_crop if augment else None
+        draws = box_draws(seed, epoch, indices)
+        images = torch.empty(len(indices), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        for position, index in enumerate(indices):
+            path = os.fsdecode(self.paths[int(index)])
+            images[position] = _decode(path, self.image_size, scale, draws[position])
+        return augment(images, seed, epoch, indices) if augment else images
+
+
+def _decode(path: str, size: int, scale: tuple[float, float] | None, draws: np.ndarray) -> Tensor:
+    from PIL import Image
+    from torchvision.transforms import functional
+
+    with _reading(path, "replace or delete it"), Image.open(path) as file:
+        image = file.convert("RGB")
+    if scale is None:
+        image = functional.center_crop(functional.resize(image, round(size * 256 / 224)), size)
+    else:
+        box = resized_crop_box(draws, image.height, image.width, scale)
+        image = functional.resized_crop(image, *box, [size, size])
+    return functional.pil_to_tensor(image)
+
+
+@contextmanager
+def _reading(what: Path | str, cure: str) -> Iterator[None]:
+    """Turn what decoders raise on damaged files into a DataError."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, AssertionError, SyntaxError, EOFError) as error:
+        raise DataError(f"{what}: cannot be read ({type(error).__name__}: {error}); {cure}") from error
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that was found; `fingerprint` is equal wherever the same data are, under any root."""
+
+    name: str
+    image_shape: tuple[int, int, int]
+    class_names: list[str]
+    fingerprint: str
+    read: Callable[[str], ImageArray | ImageFiles] = field(repr=False)
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.class_names)
+
+    def load(self, split: str) -> ImageArray | ImageFiles:
+        """The images of "train" or "test".
+
+        Raises: DataError for unreadable files and for labels outside 0..k-1.
+        """
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        data = self.read(split)
+        _check_labels(data.labels, self.n_classes, f"{self.name}, split {split}")
+        return data
+
+
+def _check_labels(labels: Tensor, n_classes: int, where: str) -> None:
+    wrong = torch.nonzero((labels < 0) | (labels >= n_classes)).flatten().tolist()
+    if wrong:
+        raise DataError(
+            f"{where}: expected labels in 0..{n_classes - 1}, received {len(wrong)} outside, "
+            f"the first at index {wrong[0]} ({int(labels[wrong[0]])}); correct the files in data.root"
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked `open_source` for; `root` is absolute."""
+
+    name: str
+    root: Path
+    download: bool
+    image_size: int | None
+
+
+def _fingerprint(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode(errors="surrogateescape") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:16]
+
+
+def _open_digits(ask: Request) -> Source:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = torch.from_numpy(np.rint(digits.images[:, None] * (255 / 16)).astype(np.uint8))  # it has 0..16
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    chosen = {"test": _test_fifth(labels), "train": ~_test_fifth(labels)}
+    splits = {name: ImageArray(pixels[mask], labels[mask]) for name, mask in chosen.items()}
+    mark = _fingerprint(ask.name, *(part.numpy().tobytes() for part in (labels, chosen["test"])))
+    return Source(ask.name, (1, 8, 8), [str(name) for name in digits.target_names], mark, splits.__getitem__)
+
+
+def _test_fifth(labels: Tensor) -> Tensor:
+    """A fixed fifth of each class, (n,) bool; by our own draws, which no library version changes."""
+    draws = torch.from_numpy(uniform(seed=0, epoch=0, indices=np.arange(len(labels)), n_draws=1)[:, 0])
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = torch.nonzero(labels == label).flatten()
+        chosen[members[draws[members].argsort()[: round(len(members) / 5)]]] = True
+    return chosen
+
+
+def _open_mnist(dataset: str, ask: Request) -> Source:
+    import torchvision
+
+    kind = getattr(torchvision.datasets, dataset)
+    folder = ask.root / dataset / "raw"
+    files = [Path(name).stem for name, _ in kind.resources]
+    _require(kind, [folder / name for name in files], ask)
+    labels = ((folder / name).read_bytes() for name in files if "labels" in name)
+    sizes = (str((folder / name).stat().st_size) for name in files)
+    read = partial(_read_torchvision, dataset, ask.root)
+    return Source(ask.name, (1, 28, 28), list(kind.classes), _fingerprint(ask.name, *sizes, *labels), read)
+
+
+def _open_cifar(dataset: str, ask: Request) -> Source:
+    import torchvision
+
+    kind = getattr(torchvision.datasets, dataset)
+    folder = ask.root / kind.base_folder
+    files = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+    _require(kind, [folder / name for name, _ in files], ask)
+    read = partial(_read_torchvision, dataset, ask.root)
+    # torchvision compares every file with its hash when it loads, so the hashes are the data.
+    mark = _fingerprint(ask.name, *(str(md5) for _, md5 in files))
+    return Source(ask.name, (3, 32, 32), _cifar_classes(kind, folder), mark, read)
+
+
+def _cifar_classes(kind: Any, folder: Path) -> list[str]:
+    from torchvision.datasets.utils import check_integrity
+
+    path = folder / kind.meta["filename"]
+    if not check_integrity(path, kind.meta["md5"]):  # first the hash: unpickling a foreign file runs its code
+        raise DataError(f"{path}: expected the published file, received another md5; delete the folder")
+    return pickle.loads(path.read_bytes(), encoding="latin1")[kind.meta["key"]]
+
+
+def _read_torchvision(dataset: str, root: Path, split: str) -> ImageArray:
+    import torchvision
+
+    with _reading(root, f"delete its {dataset} files and set data.download=true"):
+        data = getattr(torchvision.datasets, dataset)(root, train=split == "train")
+    pixels = torch.as_tensor(data.data)
+    pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+    return ImageArray(pixels.contiguous(), torch.as_tensor(data.targets))
+
+
+def _require(kind: Any, files: list[Path], ask: Request) -> None:
+    """Download if that was asked for; raise a DataError if a file is missing then."""
+    if ask.download:
+        _download(kind, files, ask)
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise DataError(
+            f"{ask.name}: expected {', '.join(missing)} in {files[0].parent}; "
+            "set data.root to the folder above it, or data.download=true"
+        )
+
+
+def _download(kind: Any, files: list[Path], ask: Request) -> None:
+    from filelock import FileLock
+
+    # The lock is taken before looking: a file that exists may still be growing under another process.
+    try:
+        ask.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(ask.root / f".{ask.name}.lock"):
+            if not all(file.exists() for file in files):
+                kind(ask.root, download=True)
+    except (OSError, RuntimeError) as error:
+        if not all(file.exists() for file in files):  # complete data on a read-only disk need no lock
+            raise DataError(
+                f"{ask.name}: the download into {ask.root} failed ({error}); "
+                f"set data.root to a writable folder, or copy the files into {files[0].parent} by hand"
+            ) from error
+
+
+def _open_folders(ask: Request, default_size: int | None = None, n_classes: int | None = None) -> Source:
+    """Class folders of image files, as torchvision's ImageFolder reads them.
+
+    Also for ImageNet: torchvision.datasets.ImageNet wants the archive of the development kit beside the
+    images, and unpacks archives when it is constructed, which several processes must not do at once. Its
+    order of classes is the same.
+    """
+    from torchvision.datasets.folder import find_classes
+
+    size = default_size if ask.image_size is None else ask.image_size
+    if size is None or size < 1:
+        raise ConfigError(f"data.image_size: expected a side in pixels for {ask.name}, received {size}")
+    with _reading(ask.root, FOLDER_LAYOUT):
+        classes, class_to_label = find_classes(ask.root / "train")
+        test = _test_folder(ask.root, find_classes)
+    if n_classes not in (None, len(classes)):
+        expected = f"expected {n_classes} class folders, received {len(classes)}"
+        raise DataError(f"{ask.root / 'train'}: {expected}; complete them, or set data.source to imagefolder")
+    folders = {"train": ask.root / "train", "test": test}
+    found = {split: _list_images(folders[split], class_to_label) for split in SPLITS}
+    splits = {
+        split: ImageFiles(paths, torch.tensor(labels), size) for split, (paths, labels) in found.items()
+    }
+    names = (split + path.removeprefix(str(folders[split])) for split in SPLITS for path in found[split][0])
+    mark = _fingerprint(ask.name, str(size), *names)
+    return Source(ask.name, (3, size, size), classes, mark, splits.__getitem__)
+
+
+def _test_folder(root: Path, find_classes: Callable[[Path], tuple[list[str], Any]]) -> Path:
+    """root/test where it has class folders, else root/val: ImageNet's own test images have no labels."""
+    test = root / "test"
+    has_classes = test.is_dir() and any(entry.is_dir() for entry in os.scandir(test))
+    folder = test if has_classes else root / "val"
+    strangers = sorted(set(find_classes(folder)[0]) - set(find_classes(root / "train")[0]))
+    if strangers:
+        received = f"received also {', '.join(strangers)}; remove them"
+        raise DataError(f"{folder}: expected no classes but those of {root / 'train'}, {received}")
+    return folder
+
+
+def _list_images(folder: Path, class_to_label: dict[str, int]) -> tuple[list[str], list[int]]:
+    """Paths and labels, in the order of class and file names."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    with _reading(folder, FOLDER_LAYOUT):
+        # Every class must have training images; a test set may lack some.
+        found = make_dataset(str(folder), class_to_label, IMG_EXTENSIONS, allow_empty=folder.name != "train")
+    if not found:
+        raise DataError(f"{folder}: expected image files, received none; {FOLDER_LAYOUT}")
+    return [path for path, _ in found], [label for _, label in found]
+
+
+@dataclass(frozen=True)
+class Opener:
+    """One row of `SOURCES`: how to open it, and which options it takes."""
+
+    open: Callable[[Request], Source]
+    takes: tuple[str, ...] = ()
+
+
+SOURCES = {
+    "digits": Opener(_open_digits),
+    "mnist": Opener(partial(_open_mnist, "MNIST"), takes=("download",)),
+    "fashionmnist": Opener(partial(_open_mnist, "FashionMNIST"), takes=("download",)),
+    "cifar10": Opener(partial(_open_cifar, "CIFAR10"), takes=("download",)),
+    "cifar100": Opener(partial(_open_cifar, "CIFAR100"), takes=("download",)),
+    "imagefolder": Opener(_open_folders, takes=("image_size",)),
+    "imagenet": Opener(partial(_open_folders, default_size=224, n_classes=1000), takes=("image_size",)),
+}
+
+
+def open_source(
+    name: str, root: str | Path = "data", download: bool = False, image_size: int | None = None
+) -> Source:
+    """Find a data set: check that its files exist and list them, but read no pixels.
+
+    Units: image_size in pixels. Several processes may call this at once, with download too.
+    Raises: ConfigError for an unknown name or an option the source does not take; DataError for missing data.
+    """
+    if name not in SOURCES:
+        raise unknown("data.source", name, SOURCES)
+    given = {"download": download or None, "image_size": image_size}
+    for option, value in given.items():
+        if value is not None and option not in SOURCES[name].takes:
+            raise ConfigError(f"data.{option}: expected nothing for the source {name}, received {value}")
+    return SOURCES[name].open(Request(name, Path(root).expanduser().absolute(), download, image_size))

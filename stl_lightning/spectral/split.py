@@ -1,0 +1,176 @@
+"""Images to slices and back, and one slice without the others.
+
+Axes: n samples, c channels, H W the image, h w one slice, b = bh * bw components of a tube, r rows.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stl_lightning.errors import ConfigError, DataError, unknown
+from stl_lightning.spectral.geometry import PADS, padding, parse_block, parse_image_shape
+from stl_lightning.spectral.reorganise import REORGANISATIONS
+from stl_lightning.spectral.transforms import TRANSFORMS, build_basis, tube_covariance
+
+FIT_BATCH = 1024  # images; bounds the memory of the float64 copy
+
+
+class SpectralSplit(nn.Module):
+    """Split images into tubes, transform the tubes, and hand out the spectrum slice by slice.
+
+    Slice k of the polyphase split is `torch.nn.functional.conv2d` with basis image k and the block as stride.
+
+    Shapes: (n, c, H, W) -> `n_slices` tensors (n, c_k, h, w), where c_k is c times the rows of slice k; the
+    channels of a slice with two rows are all c of its first row, then all c of its second. `pad` enlarges the
+    image at the bottom and at the right until the block divides it, and `inverse` crops it again. Autocast
+    does not lower the precision, so that a slice is the same wherever it is made.
+
+    Raises: ConfigError for an unknown name, a block that does not divide the image, a transform that does not
+    exist for the block or was to be fitted first; DataError for images of another shape or kind.
+    """
+
+    matrix: Tensor
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        block: int | tuple[int, int],
+        reorganisation: str = "polyphase",
+        transform: str = "dct2",
+        pad: Literal["reflect", "zeros"] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.image_shape = parse_image_shape(image_shape)
+        self.block = parse_block(block)
+        if reorganisation not in REORGANISATIONS:
+            raise unknown("data.reorganisation", reorganisation, REORGANISATIONS)
+        basis = build_basis(transform, self.block, seed)
+        self.padding = padding(self.image_shape, self.block, pad)
+        self.reorganisation, self.transform, self.pad, self.seed = reorganisation, transform, pad, seed
+        self.groups, self.frequencies = basis.groups, basis.frequencies
+        learned = TRANSFORMS[transform].fit is not None
+        self.is_fitted = not learned
+        # Saved only if data decided it: any other matrix follows from the settings and must agree with them.
+        self.register_buffer("matrix", basis.matrix.float(), persistent=learned)
+        self.register_load_state_dict_post_hook(_note_loaded_matrix)
+
+    @property
+    def n_slices(self) -> int:
+        """Number of slices: b, or floor(b/2)+1 for the DFT."""
+        return len(self.groups)
+
+    def rows(self, k: int) -> tuple[int, ...]:
+        """Rows of the matrix that make up slice k. Raises: ConfigError unless 0 <= k < n_slices."""
+        if not 0 <= k < self.n_slices:
+            raise ConfigError(
+                f"slice: expected 0..{self.n_slices - 1}, which data.transform={self.transform} and "
+                f"data.block={self.block} give; received {k}"
+            )
+        return self.groups[k]
+
+    def slice_shape(self, k: int) -> tuple[int, int, int]:
+        """(c_k, h, w) of slice k."""
+        c, height, width = self.image_shape
+        h, w = (height + self.padding[0]) // self.block[0], (width + self.padding[1]) // self.block[1]
+        return c * len(self.rows(k)), h, w
+
+    def fit(self, images: Tensor) -> "SpectralSplit":
+        """Learn the matrix from training images if the transform has one to learn; otherwise do nothing.
+
+        Shape: (n, c, H, W) floating point. Raises: DataError for no images, or images that are not finite.
+        """
+        learn = TRANSFORMS[self.transform].fit
+        if learn is None:
+            return self
+        batches = images.detach().split(FIT_BATCH)
+        covariance = tube_covariance(self._tubes(batch) for batch in batches)
+        if not covariance.isfinite().all():
+            raise DataError(
+                f"data.transform={self.transform}: expected at least one image, all finite, to fit on"
+            )
+        self.matrix.copy_(learn(covariance))
+        self.is_fitted = True
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """All slices; undone by `inverse`. Shapes: (n, c, H, W) -> n_slices of (n, c_k, h, w)."""
+        self._require_fitted()
+        blocks = REORGANISATIONS[self.reorganisation].to_blocks(self._padded(images), self.block)
+        tubes = blocks.movedim((-2, -1), (1, 2)).flatten(1, 2)  # (n, b, c, h, w), copied once
+        with _full_precision(images):
+            spectrum = self.matrix.to(images.dtype) @ tubes.flatten(2)
+        sizes = [self.slice_shape(k)[0] for k in range(self.n_slices)]
+        return list(spectrum.view(tubes.shape).flatten(1, 2).split(sizes, 1))
+
+    def inverse(self, slices: Sequence[Tensor]) -> Tensor:
+        """The images whose slices `forward` made. Shapes: n_slices of (n, c_k, h, w) -> (n, c, H, W)."""
+        self._require_fitted()
+        self._check_slices(slices)
+        c, height, width = self.image_shape
+        spectrum = torch.cat(tuple(slices), 1).unflatten(1, (-1, c))  # (n, b, c, h, w)
+        with _full_precision(spectrum):
+            tubes = (self.matrix.to(spectrum.dtype).T @ spectrum.flatten(2)).view(spectrum.shape)
+        images = REORGANISATIONS[self.reorganisation].inverse(tubes.movedim(1, -1), self.block)
+        return images[..., :height, :width]
+
+    def slice(self, images: Tensor, k: int) -> Tensor:
+        """Slice k alone, r/b of the multiply-adds of `forward`. Shapes: (n, c, H, W) -> (n, c_k, h, w)."""
+        rows = self.rows(k)
+        self._require_fitted()
+        padded = self._padded(images)
+        combine = REORGANISATIONS[self.reorganisation].combine
+        basis_images = self.matrix[list(rows)].to(images.dtype).unflatten(1, self.block)  # (r, bh, bw)
+        with _full_precision(images):
+            return torch.cat([combine(padded, weights) for weights in basis_images], 1)
+
+    def slices(self, images: Tensor, ks: Sequence[int]) -> Tensor:
+        """Several slices, one after the other. Shapes: (n, c, H, W) -> (n, sum of c_k, h, w)."""
+        if not ks:
+            raise ConfigError("slices: expected at least one slice; received none")
+        return torch.cat([self.slice(images, k) for k in ks], 1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"image_shape={self.image_shape}, block={self.block}, reorganisation={self.reorganisation}, "
+            f"transform={self.transform}, pad={self.pad}, n_slices={self.n_slices}"
+        )
+
+    def _tubes(self, images: Tensor) -> Tensor:
+        return REORGANISATIONS[self.reorganisation].forward(self._padded(images), self.block)
+
+    def _padded(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape or not images.is_floating_point():
+            raise DataError(
+                f"images: expected floating point (n, {', '.join(map(str, self.image_shape))}); "
+                f"received {images.dtype} {tuple(images.shape)}"
+            )
+        if self.pad is None or self.padding == (0, 0):
+            return images
+        return F.pad(images, (0, self.padding[1], 0, self.padding[0]), mode=PADS[self.pad])
+
+    def _check_slices(self, slices: Sequence[Tensor]) -> None:
+        expected = [self.slice_shape(k) for k in range(self.n_slices)]
+        received = [tuple(part.shape[1:]) for part in slices]
+        if received != expected:
+            raise DataError(f"slices: expected, after the batch, shapes {expected}; received {received}")
+
+    def _require_fitted(self) -> None:
+        if not self.is_fitted:
+            raise ConfigError(
+                f"data.transform={self.transform} is learned from training images: call fit(images), or load "
+                f"the state of a fitted split, before the first slice is made"
+            )
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _note_loaded_matrix(split: nn.Module, incompatible_keys: Any) -> None:
+    """A fitted matrix that came with a state dict counts as fitted."""
+    assert isinstance(split, SpectralSplit), "the hook is registered by SpectralSplit alone"
+    split.is_fitted = bool(split.matrix.isfinite().all())

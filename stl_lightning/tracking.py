@@ -1,0 +1,145 @@
+"""Where the metrics of a branch go: a CSV file always; TensorBoard and Weights & Biases when asked for."""
+
+import csv
+import io
+import netrc
+import os
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from stl_lightning.errors import ConfigError
+from stl_lightning.paths import BranchPaths, write_atomically
+from stl_lightning.run import Run
+
+
+@dataclass
+class TrackingOptions:
+    """Loggers beside `metrics.csv`.
+
+    Args:
+        wandb: Log each branch as a Weights & Biases run; runs of one name form a group.
+        wandb_project: Project of those runs.
+        wandb_mode: online, offline, or auto: offline unless an API key is found; WANDB_MODE overrides auto.
+        tensorboard: Write TensorBoard event files into each branch's folder.
+    """
+
+    wandb: bool = False
+    wandb_project: str = "stl_lightning"
+    wandb_mode: Literal["auto", "online", "offline"] = "auto"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for option in ("wandb", "tensorboard"):
+            if getattr(self, option) and find_spec(option) is None:
+                raise ConfigError(
+                    f"tracking.{option}=true needs the package {option}, which is not installed: "
+                    f"pip install 'stl-lightning[{option}]', or set tracking.{option}=false"
+                )
+
+
+class MetricsCSV(Logger):
+    """One row an epoch. A run that resumes drops the rows from its first epoch on and writes them anew."""
+
+    COLUMNS = ("epoch", "step", "train/loss", "train/acc", "val/loss", "val/acc", "lr", "epoch_s")
+
+    def __init__(self, paths: BranchPaths) -> None:
+        super().__init__()
+        self.path = paths.metrics
+        self._rows = _read_rows(self.path)
+        self._row: dict[str, Any] = {}
+        self._since = time.perf_counter()
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Nothing to do: the settings are in config.yaml."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Collect the values of an epoch; Lightning sends the training means last."""
+        self._row |= {key: value for key, value in metrics.items() if key in self.COLUMNS}
+        if "train/loss" not in metrics:
+            return
+        now = time.perf_counter()
+        epoch = int(metrics["epoch"])
+        row = self._row | {"epoch": epoch, "step": step, "epoch_s": round(now - self._since, 4)}
+        self._rows = [old for old in self._rows if int(old["epoch"]) < epoch] + [row]
+        self._row, self._since = {}, now
+        write_atomically(self.path, lambda file: file.write(self._text().encode()))
+
+    def _text(self) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        return text.getvalue()
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def branch_loggers(options: TrackingOptions, paths: BranchPaths, run_name: str, run_id: str, branch: int) -> list[Logger]:
+    """The loggers of one branch. Their ids come from the run, so a branch that resumes continues its own curves."""
+    loggers: list[Logger] = [MetricsCSV(paths)]
+    if options.tensorboard:
+        loggers.append(TensorBoardLogger(paths.folder, name="", version="tensorboard"))
+    if options.wandb:
+        name = f"b{branch:02d}"
+        loggers.append(wandb_logger(options, paths.folder, run_name, run_id, name, "branch"))
+    return loggers
+
+
+def wandb_logger(
+    options: TrackingOptions, folder: Path, run_name: str, run_id: str, name: str, job_type: str
+) -> WandbLogger:
+    """A W&B run inside the group of the run: `job_type` is branch, ensemble or baseline."""
+    return WandbLogger(
+        project=options.wandb_project,
+        name=f"{run_name}-{name}",
+        group=run_name,
+        job_type=job_type,
+        id=f"{run_id}-{name}",
+        resume="allow",
+        save_dir=folder,
+        offline=_wandb_is_offline(options),
+    )
+
+
+def log_ensemble(options: TrackingOptions, run: Run, run_name: str, results: dict[str, Any]) -> None:
+    """One more W&B run, of job type `ensemble`, with the numbers of `results.json`; nothing if W&B is off."""
+    if not options.wandb:
+        return
+    logger = wandb_logger(options, run.paths.results.parent, run_name, run.id, "ensemble", "ensemble")
+    numbers = {f"test/{name}": value for name, value in results["ensemble"].items()}
+    logger.log_metrics(numbers | {"test/mean": results["mean"], "test/highest": results["highest"]})
+    logger.experiment.config.update({key: results[key] for key in ("weighting", "space", "temperature", "members")})
+    logger.experiment.finish()
+
+
+def _wandb_is_offline(options: TrackingOptions) -> bool:
+    if options.wandb_mode != "auto":
+        return options.wandb_mode == "offline"
+    if "WANDB_MODE" in os.environ:
+        return os.environ["WANDB_MODE"] == "offline"
+    return "WANDB_API_KEY" not in os.environ and not _netrc_knows_wandb()
+
+
+def _netrc_knows_wandb() -> bool:
+    try:
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,31 @@
+"""Shared fixtures: real data sets where they can be found, skipped with the reason otherwise."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`real_data("mnist")` -> a folder in torchvision's layout; $STL_DATA is used as it is, packed data are unpacked."""
+    folder = os.environ.get("STL_DATA")
+    packed = CHECKOUT.parent / "shared" / "data" / "unpack.py"
+    unpacked = tmp_path_factory.mktemp("data")
+    marks = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py", "imagenette": "imagenette-small"}
+
+    def find(name: str) -> Path:
+        if folder and (Path(folder) / marks[name]).exists():
+            return Path(folder)
+        if not packed.exists():
+            pytest.skip(f"no {name}: neither $STL_DATA/{marks[name]} nor {packed} exists")
+        if not (unpacked / marks[name]).exists():
+            subprocess.run([sys.executable, packed, unpacked, name], check=True, capture_output=True)
+        return unpacked
+
+    return find
