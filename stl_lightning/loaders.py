@@ -54,7 +54,13 @@ class ResumableLoader:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.batch_size)
+        return -(-self._n_used() // self.batch_size)
+
+    def _n_used(self) -> int:
+        """All examples; but a last training batch of one is left out, because BatchNorm finds no variance in it."""
+        n = len(self.source)
+        is_alone = self.seed is not None and n > self.batch_size > 1 and n % self.batch_size == 1
+        return n - is_alone
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A generator: Lightning creates the iterator before it sets the epoch, and asks for the first batch after.
@@ -72,7 +78,7 @@ class ResumableLoader:
     def _batches(self, epoch: int | None, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         n = len(self.source)
         order = torch.arange(n) if self.seed is None else epoch_order(n, self.seed, self.epoch)
-        wanted = [(positions, epoch) for positions in order.split(self.batch_size)[first:]]
+        wanted = [(positions, epoch) for positions in order[: self._n_used()].split(self.batch_size)[first:]]
         dataset = _Fetched(self.source)
         if self.num_workers == 0:
             return (dataset[key] for key in wanted)

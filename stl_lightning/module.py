@@ -103,7 +103,8 @@ class BranchModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         self.stop_if_diverged()
         loss_sum, n_correct, n_images = self.train_totals.tolist()
-        self.log_dict({"train/loss": loss_sum / n_images, "train/acc": n_correct / n_images})
+        lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        self.log_dict({"train/loss": loss_sum / n_images, "train/acc": n_correct / n_images, "lr": lr})
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         self._log_scores("val", batch)

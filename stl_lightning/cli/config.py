@@ -27,6 +27,7 @@ class SpectralCLI(LightningCLI):
 
     def __init__(self, args: list[str], command: str, description: str = "") -> None:
         self._data: SpectralDataModule | None = None
+        quiet()
         super().__init__(
             BranchModule,
             SpectralDataModule,
@@ -146,8 +147,15 @@ def jobs_of_run(run: Run) -> list[BranchJob]:
 
 
 def quiet() -> None:
-    """Silence what Lightning says of things that are meant to be so here: one device of many, no workers."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    for message in (".*does not have many workers.*", ".*srun.*is available.*", ".*smaller than the logging interval.*"):
+    """Silence what Lightning says of things that are meant to be so here: one device of many, a folder in use."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*srun.*is available.*",
+        ".*smaller than the logging interval.*",
+        ".*exists and is not empty.*",
+        ".*GPU available but not used.*",
+        ".*LeafSpec.*",
+    ):
         warnings.filterwarnings("ignore", message)
-    warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)

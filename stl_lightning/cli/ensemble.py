@@ -26,10 +26,9 @@ def ensemble(args: list[str]) -> int:
     """Combine the branches of a run that can be read, and name those that cannot."""
     given = ensemble_parser().parse_args(args)
 
-    from stl_lightning.cli.config import kept_cli, quiet
+    from stl_lightning.cli.config import kept_cli
     from stl_lightning.run import open_run
 
-    quiet()
     run = open_run(RunPaths(Path(given.run)))
     cli = kept_cli(run.paths, "ensemble")
     asked = {name: getattr(given, name) for name in ("weighting", "space", "n_folds")}

@@ -2,7 +2,7 @@
 
 import json
 
-from stl_lightning.cli.config import SpectralCLI, quiet
+from stl_lightning.cli.config import SpectralCLI
 from stl_lightning.datamodule import Split
 from stl_lightning.ensemble.evaluate import scores
 from stl_lightning.ensemble.members import compute_outputs
@@ -28,7 +28,6 @@ def predict(args: list[str]) -> int:
 
 def _score(cli: SpectralCLI, split: Split) -> int:
     """Compute the logits of each branch of this rank, keep them where `stl ensemble` finds them, print the scores."""
-    quiet()
     run = cli.claim()
     for branch in cli.owned_branches():
         job = cli.job(run, branch)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable
 
-from stl_lightning.cli.config import SpectralCLI, quiet
+from stl_lightning.cli.config import SpectralCLI
 from stl_lightning.cli.ensemble import combine
 from stl_lightning.errors import ConfigError
 from stl_lightning.ranks import RankInfo
@@ -15,7 +15,6 @@ from stl_lightning.training import BranchJob, train_branch
 def fit(args: list[str]) -> int:
     """Train the branches this rank owns, one after the other."""
     cli = SpectralCLI(args, "fit", "Train the branches that this rank owns, without any communication.")
-    quiet()
     branches = cli.owned_branches()
     run = cli.claim()
     return exit_code(train_all(cli.job(run, branch) for branch in branches))
@@ -24,7 +23,6 @@ def fit(args: list[str]) -> int:
 def run(args: list[str]) -> int:
     """Train all branches in this process, then make the ensemble."""
     cli = SpectralCLI(args, "run", "Train all branches on this machine, then make the ensemble.")
-    quiet()
     if RankInfo.detect().launcher != "none":
         raise ConfigError("`stl run` is for one process; under a launcher use `stl fit`, and `stl ensemble` afterwards")
     branches = cli.owned_branches()
@@ -37,7 +35,6 @@ def run(args: list[str]) -> int:
 def baseline(args: list[str]) -> int:
     """Train the conventional network on the whole image, into the folder `baseline` of the run."""
     cli = SpectralCLI(args, "baseline", "Train the conventional network on the whole image.").as_baseline()
-    quiet()
     claimed = claim_run(cli.options.paths.baseline, cli.data.agreement())
     return exit_code(train_all([cli.job(claimed, 0)]))
 

@@ -98,12 +98,11 @@ def _stack(outputs: Sequence[Outputs]) -> Outputs:
 
 
 def _branch_row(job: BranchJob, val: Outputs, test: Outputs, i: int, ensemble: FittedEnsemble) -> dict[str, Any]:
-    n_parameters = sum(p.numel() for p in job.module.parameters())
     return {
         "branch": job.branch,
         "slices": list(job.data.slices),
         "frequency": list(job.data.spectral.frequencies[job.branch]),
-        "n_parameters": n_parameters,
+        "n_parameters": _n_parameters(job),
         "val": scores(val.logits[i].log_softmax(1), val.labels),
         "test": scores(test.logits[i].log_softmax(1), test.labels),
         "weight": ensemble.member_weights()[i],
@@ -112,8 +111,12 @@ def _branch_row(job: BranchJob, val: Outputs, test: Outputs, i: int, ensemble: F
 
 def _baseline_row(job: BranchJob) -> dict[str, Any]:
     outputs = branch_outputs(job, "test")
-    n_parameters = sum(p.numel() for p in job.module.parameters())
-    return scores(outputs.logits.log_softmax(1), outputs.labels) | {"n_parameters": n_parameters}
+    return scores(outputs.logits.log_softmax(1), outputs.labels) | {"n_parameters": _n_parameters(job)}
+
+
+def _n_parameters(job: BranchJob) -> int:
+    network = job.module.build(job.data.in_shape, job.data.n_classes, job.data.seed, job.branch)
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _mean(values: Sequence[float]) -> float:

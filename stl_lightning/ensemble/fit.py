@@ -48,11 +48,11 @@ class FittedEnsemble:
     def log_probs(self, logits: Tensor) -> Tensor:
         """Log-probabilities of the ensemble: logits (b, n, k) in the order of `members` -> (n, k)."""
         if len(logits) != len(self.members):
-            raise DataError(f"logits: expected those of members {self.members}, received {len(logits)} members")
+            raise DataError(f"logits: expected members {self.members}, received {len(logits)} members")
         return temper(pool(logits, self.weights, self.space), self.temperature)
 
     def member_weights(self) -> list[float]:
-        """One number a member, for tables: the weight, its mean over classes, or the mean diagonal of its map."""
+        """One number a member, for tables: the weight, its mean over classes, or its map's mean diagonal."""
         weights = self.weights
         if weights.ndim == 3:
             weights = weights.diagonal(dim1=1, dim2=2)
@@ -134,17 +134,17 @@ def _candidates(weighting: str, space: str, n_members: int) -> list[Candidate]:
 
 
 def _check(logits: Tensor, labels: Tensor, members: Sequence[int], n_folds: int) -> None:
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        received = f"{labels.dtype} {tuple(labels.shape)}"
+        raise DataError(f"labels: expected int64 of shape (samples,), received {received}")
     expected = (len(members), len(labels))
     if logits.ndim != 3 or logits.shape[:2] != expected or not logits.is_floating_point():
         raise DataError(
-            f"logits: expected floats of shape (members, samples, classes) with (members, samples) = {expected}, "
+            f"logits: expected floats (members, samples, classes) with (members, samples) = {expected}, "
             f"received {logits.dtype} {tuple(logits.shape)}"
         )
     if len(set(members)) != len(members) or not members:
         raise DataError(f"members: expected different numbers, at least one; received {tuple(members)}")
-    if labels.ndim != 1 or labels.dtype != torch.int64:
-        received = f"{labels.dtype} {tuple(labels.shape)}"
-        raise DataError(f"labels: expected int64 of shape (samples,), received {received}")
     if not 2 <= n_folds <= len(labels):
         raise ConfigError(f"ensemble.n_folds: expected 2 to {len(labels)}, the samples; received {n_folds}")
     if labels.min() < 0 or labels.max() >= logits.shape[-1]:

@@ -83,7 +83,7 @@ def pool(logits: Tensor, weights: Tensor, space: str) -> Tensor:
 
 
 def temper(log_probs: Tensor, temperature: float) -> Tensor:
-    """Softens (temperature > 1) or sharpens (< 1) log-probabilities (n, k); `fit_temperature` finds the best."""
+    """Softens (temperature > 1) or sharpens (< 1) predictions (n, k); `fit_temperature` finds the best."""
     return (log_probs / temperature).log_softmax(-1)
 
 
@@ -91,7 +91,7 @@ def fit_temperature(log_probs: Tensor, labels: Tensor) -> float:
     """The temperature in [T_MIN, T_MAX] whose `temper` has the lowest NLL on (n, k), (n,).
 
     With margins d = log p - log p_y the NLL is f(s) = mean logsumexp(s d), convex in s = 1 / temperature;
-    f' = mean E[d] and f'' = mean Var[d]. Newton's method inside a bracket. Source: Guo et al. 2017, section 4.
+    f' = mean E[d] and f'' = mean Var[d]. Newton's method inside a bracket. Source: Guo et al. 2017.
     """
     margins = (log_probs - log_probs.gather(-1, labels[:, None])).double()
     low, high, scale = 1 / T_MAX, 1 / T_MIN, 1.0

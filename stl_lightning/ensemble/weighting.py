@@ -54,7 +54,7 @@ def topk(logits: Tensor, labels: Tensor, space: str) -> Tensor:
 
 
 def greedy(logits: Tensor, labels: Tensor, space: str) -> Tensor:
-    """Adds `GREEDY_PICKS` times, with replacement, the member that gives the lowest NLL of the pooled prediction.
+    """Adds `GREEDY_PICKS` times, with replacement, the member that gives the lowest NLL when pooled.
 
     The weights are the counts at the best moment. Source: Caruana et al. 2004, section 2.
     """

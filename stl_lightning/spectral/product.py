@@ -44,6 +44,6 @@ def structured_matrix(a: Tensor, matrix: Tensor) -> Tensor:
     """
     m, n, _ = a.shape
     blocks = torch.block_diag(*to_spectral(a, matrix).unbind(-1))
-    forward = torch.kron(matrix, torch.eye(n).to(matrix)).to(blocks.dtype)
-    inverse = torch.kron(matrix.mH.contiguous(), torch.eye(m).to(matrix)).to(blocks.dtype)
-    return inverse @ blocks @ forward
+    there = torch.kron(matrix.contiguous(), torch.eye(n).to(matrix))  # kron takes no transposed memory
+    back = torch.kron(matrix.mH.contiguous(), torch.eye(m).to(matrix))
+    return back.to(blocks.dtype) @ blocks @ there.to(blocks.dtype)

@@ -46,8 +46,8 @@ def polyphase_image(blocks: Tensor, block: Block) -> Tensor:
 def polyphase_combine(images: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum of the components; `torch.nn.functional.conv2d` with the block as stride.
 
-    Not that function, because GPUs round its inputs to TF32 by default. Whole image rows are added first, along
-    contiguous pixels, then neighbours within the sum.
+    Not that function, because GPUs round its inputs to TF32 by default. Whole image rows are added first,
+    along contiguous pixels, then neighbours within the sum.
     """
     bh, bw = weights.shape
     rows = images.unflatten(-2, (-1, bh))  # (..., h, bh, W)

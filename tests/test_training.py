@@ -1,0 +1,199 @@
+"""One branch in training: exact resume, isolation of seeds, failure of one branch, the run directory."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor, nn
+
+from stl_lightning.checkpoint import load_checkpoint
+from stl_lightning.datamodule import SpectralDataModule
+from stl_lightning.errors import CheckpointError, ConfigError, RunError
+from stl_lightning.module import BranchModule
+from stl_lightning.networks import MLP
+from stl_lightning.paths import RunPaths
+from stl_lightning.run import RunOptions, claim_run
+from stl_lightning.status import read_status
+from stl_lightning.tracking import TrackingOptions
+from stl_lightning.training import BranchJob, train_branch
+
+
+class Dropped(Exception):
+    """Stands for the death of the process: nothing after it is run or saved."""
+
+
+class DieAt(Callback):
+    """Raises at the end of a given step, after the checkpoints of that step were written."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise Dropped
+
+
+def noisy_mlp(in_shape: tuple[int, int, int], n_classes: int) -> nn.Module:
+    """Dropout and BatchNorm: both keep state that a resumed run has to find again."""
+    return MLP(in_shape, n_classes, depth=3, width=16, batch_norm=True, dropout=0.2)
+
+
+def make_job(root: Path, branch: int = 0, seed: int = 0, config: str = "a: 1", **changes: Any) -> BranchJob:
+    data = SpectralDataModule("digits", val_size=0.2, batch_size=100, seed=seed, branch=branch)
+    paths = RunPaths(root)
+    trainer = {"max_epochs": 3, "accelerator": "cpu", "enable_progress_bar": False}
+    trainer |= changes.pop("trainer", {})
+    module = BranchModule(
+        changes.pop("network", noisy_mlp),
+        lambda parameters: torch.optim.Adam(parameters, lr=changes.pop("lr", 1e-3)),
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3 * 12),
+        lr_interval="step",
+    )
+    options = RunOptions(checkpoint_every_n_steps=5)
+    return BranchJob(
+        claim_run(paths, data.agreement()), data, module, trainer, config, options, TrackingOptions()
+    )
+
+
+def weights(job: BranchJob) -> dict[str, Tensor]:
+    return load_checkpoint(job.paths.last)["state_dict"]
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("step", [3, 7, 12, 15, 24, 30])
+def test_a_run_that_died_resumes_to_the_same_bits(tmp_path: Path, step: int) -> None:
+    """12 steps an epoch, a checkpoint every 5: before the first, in mid-epoch, at the boundary of an epoch."""
+    undisturbed = make_job(tmp_path / "undisturbed")
+    assert train_branch(undisturbed) == "finished"
+
+    killed = make_job(tmp_path / "killed", trainer={"callbacks": [DieAt(step)]})
+    assert train_branch(killed) == "failed"
+    again = make_job(tmp_path / "killed")
+    assert train_branch(again) == "finished"
+
+    assert_same(weights(undisturbed), weights(again))
+    best = [load_checkpoint(job.paths.best)["state_dict"] for job in (undisturbed, again)]
+    assert_same(*best)
+    rows = [[line.split(",")[:7] for line in job.paths.metrics.read_text().splitlines()] for job in (undisturbed, again)]
+    assert rows[0] == rows[1]
+    assert read_status(again.paths, 0).attempt == 2
+
+
+def test_weights_depend_on_seed_and_branch_alone(tmp_path: Path) -> None:
+    def built(branch: int, seed: int) -> dict[str, Tensor]:
+        return BranchModule(noisy_mlp, torch.optim.Adam).build((1, 4, 4), 10, seed, branch).state_dict()
+
+    first = built(1, 0)
+    torch.rand(7)
+    assert_same(first, built(1, 0))
+    for other in (built(2, 0), built(1, 1)):
+        name = next(name for name in first if name.endswith("weight"))
+        assert not torch.equal(first[name], other[name])
+
+
+def test_building_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    BranchModule(noisy_mlp, torch.optim.Adam).build((1, 4, 4), 10, 0, 0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_diverged_branch_fails_with_its_step_and_its_sibling_finishes(tmp_path: Path) -> None:
+    diverging = make_job(tmp_path, branch=0, lr=float("inf"))
+    assert train_branch(diverging) == "failed"
+    status = read_status(diverging.paths, 0)
+    assert status.state == "failed"
+    assert "not finite at step 1" in status.error
+    assert train_branch(make_job(tmp_path, branch=1)) == "finished"
+    assert read_status(diverging.run.paths.branch(1), 1).state == "finished"
+
+
+def test_a_finished_branch_is_left_alone(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    train_branch(job)
+    before = {path.name: path.stat().st_mtime_ns for path in job.paths.folder.iterdir()}
+    assert train_branch(make_job(tmp_path)) == "skipped"
+    assert before == {path.name: path.stat().st_mtime_ns for path in job.paths.folder.iterdir()}
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    train_branch(make_job(tmp_path, config="model: {lr: 1}\nrun: {root: a}"))
+    with pytest.raises(RunError, match=r"model\.lr was 1 and is now 2"):
+        train_branch(make_job(tmp_path, config="model: {lr: 2}\nrun: {root: b}"))
+    with pytest.raises(RunError, match="seed is 0 there and 1 here"):
+        make_job(tmp_path, seed=1)
+
+
+def forge(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        checkpoint = torch.load(path, weights_only=True)
+        torch.save(change(checkpoint), path)
+
+    return apply
+
+
+class Payload:
+    """A pickle that would run a command."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("executed"),))
+
+
+def identity(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda checkpoint: checkpoint | {"stl_lightning": checkpoint["stl_lightning"] | changes}
+
+
+DAMAGES = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:1000]), "truncated or damaged"),
+    "empty": (lambda path: path.write_bytes(b""), "truncated or damaged"),
+    "executes": (forge(lambda checkpoint: checkpoint | {"x": Payload()}), "would execute code"),
+    "other branch": (forge(identity(branch=3)), "branch is 3, expected 0"),
+    "other run": (forge(identity(run="ffffffff")), "run is 'ffffffff'"),
+    "foreign": (forge(lambda checkpoint: checkpoint["state_dict"]), "not written by stl_lightning"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_checkpoint_is_refused_before_training(tmp_path: Path, damage: str, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = make_job(tmp_path / "run", trainer={"callbacks": [DieAt(13)]})
+    train_branch(first)
+    apply, message = DAMAGES[damage]
+    apply(first.paths.last)
+    with pytest.raises(CheckpointError, match=message):
+        train_branch(make_job(tmp_path / "run"))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_trainer_settings_of_ours_are_refused(tmp_path: Path) -> None:
+    for key, value in {"strategy": "ddp", "devices": 2, "num_nodes": 4, "logger": False}.items():
+        with pytest.raises(ConfigError, match=f"trainer.{key}"):
+            make_job(tmp_path, trainer={key: value}).trainer()
+    with pytest.raises(ConfigError, match=r"trainer\.max_epochs"):
+        make_job(tmp_path, trainer={"max_epochs": None}).trainer()
+
+
+def test_a_plateau_schedule_is_refused(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    job.module.scheduler_factory = torch.optim.lr_scheduler.ReduceLROnPlateau
+    assert train_branch(job) == "failed"
+    assert "ReduceLROnPlateau" in read_status(job.paths, 0).error
+
+
+def test_a_branch_refuses_data_it_was_not_trained_on(tmp_path: Path) -> None:
+    first = make_job(tmp_path, trainer={"callbacks": [DieAt(13)]})
+    train_branch(first)
+    again = make_job(tmp_path)
+    again.data.setup()
+    again.data._statistics = (again.data._statistics[0] + 1.0, again.data._statistics[1])
+    assert train_branch(again) == "failed"
+    assert "data.root" in read_status(again.paths, 0).error
