@@ -37,11 +37,13 @@ def write_mnist(root: Path, dataset: str = "MNIST", n_classes: int = 10) -> None
 
 
 def write_cifar(root: Path, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files with few images in the published format; torchvision is told not to expect the published
-    hashes.""" label_key = kind.meta["key"].replace("label_names", "labels").removeprefix("_") files =
-    {name: N_TRAIN // len(kind.train_list) for name, _ in kind.train_list} files |= {name: N_TEST for name,
-    _ in kind.test_list} folder = root / kind.base_folder folder.mkdir(parents=True) for name, n in
-    files.items():
+    """Few images in the published format; torchvision is told not to expect the published hashes."""
+    label_key = kind.meta["key"].replace("label_names", "labels")
+    files = {name: N_TRAIN // len(kind.train_list) for name, _ in kind.train_list}
+    files |= {name: N_TEST for name, _ in kind.test_list}
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True)
+    for name, n in files.items():
         pixels = np.random.default_rng(n).integers(0, 256, (n, 3072), dtype=np.uint8)
         (folder / name).write_bytes(pickle.dumps({"data": pixels, label_key: list(range(n))[::-1]}))
     n_classes = 100 if label_key == "fine_labels" else 10
@@ -309,7 +311,7 @@ def test_an_option_a_source_does_not_take_is_refused(name, options, setting, tmp
 
 
 def test_resized_crop_of_an_array_is_refused():
-    with pytest.raises(ConfigError, match="data.augment.resized_crop"):
+    with pytest.raises(ConfigError, match=r"data.augment.resized_crop"):
         open_source("digits").load("train").fetch(torch.arange(2), PixelAugment(resized_crop=(0.5, 1.0)))
 
 

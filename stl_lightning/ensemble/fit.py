@@ -19,6 +19,7 @@ AUTO = "auto"
 SEARCHED_SPACES = ("log_prob", "prob")  # `logits` gives one weight a member nothing that `log_prob` does not
 # A candidate so many standard errors behind on so many samples is not tried further.
 HOPELESS_SE, HOPELESS_SAMPLES = 5.0, 200
+MAX_SEARCHED_WEIGHTS = 200_000  # `auto` passes over weightings with more: one fit would take minutes
 
 Candidate = tuple[str, str]  # weighting, space
 
@@ -98,8 +99,8 @@ def fit_ensemble(
 
     Raises ConfigError for unknown or unfit settings and DataError for unfit logits or labels.
     """
-    candidates = _candidates(weighting, space, len(members))
     _check(logits, labels, members, n_folds)
+    candidates = _candidates(weighting, space, len(members), logits.shape[-1])
     logits = logits.double()
     folds = _folds(len(labels), n_folds, seed, labels.device)
     predictions = _cross_predict(logits, labels, candidates, folds)
@@ -116,21 +117,29 @@ def fit_ensemble(
     )
 
 
-def _candidates(weighting: str, space: str, n_members: int) -> list[Candidate]:
+def _candidates(weighting: str, space: str, n_members: int, n_classes: int) -> list[Candidate]:
     """The pairs to try, the simplest first; one pair if neither setting is `auto`."""
     if weighting not in (AUTO, *WEIGHTINGS):
         raise unknown("ensemble.weighting", weighting, [AUTO, *WEIGHTINGS])
     if space != AUTO:
         space_named(space)
-    # One member has nothing to be weighed against: the first row, weight 1.
-    every = list(WEIGHTINGS) if n_members > 1 else list(WEIGHTINGS)[:1]
-    names = every if weighting == AUTO else [weighting]
+    names = _searched(n_members, n_classes) if weighting == AUTO else [weighting]
     spaces = SEARCHED_SPACES if space == AUTO else (space,)
     candidates = [(name, s) for name in names for s in spaces if s in WEIGHTINGS[name].spaces]
     if not candidates:
         valid = ", ".join(WEIGHTINGS[weighting].spaces)
         raise ConfigError(f"ensemble.space: weighting {weighting!r} works in {valid}; received {space!r}")
     return candidates
+
+
+def _searched(n_members: int, n_classes: int) -> list[str]:
+    """The weightings that `auto` tries."""
+    names = [
+        name
+        for name, row in WEIGHTINGS.items()
+        if n_members * n_classes ** (row.axes - 1) <= MAX_SEARCHED_WEIGHTS
+    ]
+    return names if n_members > 1 else names[:1]  # one member has nothing to be weighed against
 
 
 def _check(logits: Tensor, labels: Tensor, members: Sequence[int], n_folds: int) -> None:

@@ -15,7 +15,7 @@ from stl_lightning.ensemble.simplex import minimise_on_simplex, pooled_nll
 
 RIDGES = (1000.0, 100.0, 10.0, 1.0)  # from the simplex weights to almost free, in samples per (1 / b)^2
 HELD_OUT = 4  # one sample in so many judges the ridge
-MAX_STEPS = 50  # of L-BFGS; more change the held-out NLL by less than its spread
+MAX_STEPS, CHANGE_NATS = 50, 1e-6  # where L-BFGS stops: far finer than what samples can tell
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Shrinkage:
         """Weights of (nearly) the lowest loss, by L-BFGS from the weights `start`."""
         parameters = self.family.parameters(start).requires_grad_()
         optimiser = torch.optim.LBFGS(
-            [parameters], max_iter=MAX_STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+            [parameters], max_iter=MAX_STEPS, tolerance_change=CHANGE_NATS, line_search_fn="strong_wolfe"
         )
 
         def loss_and_gradient() -> float:

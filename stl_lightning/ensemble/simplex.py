@@ -85,25 +85,29 @@ def minimise_on_simplex(objective: PooledNLL, start: Tensor) -> Tensor:
     weights, duals = start, torch.ones_like(start)
     for _ in range(MAX_STEPS):
         value, gradient, hessian = objective.derivatives(weights)
-        if optimality_gap(weights, gradient) <= TOLERANCE_NATS:
+        gap = optimality_gap(weights, gradient)
+        if gap <= TOLERANCE_NATS:
             break
-        barrier = 0.1 * (weights @ duals).item() / len(weights)
+        barrier = 0.1 * gap / len(weights)  # at the solution for this barrier the gap is a tenth of what it is
         step = _newton_step(weights, duals, gradient, hessian, barrier)
         dual_step = (barrier - duals * step) / weights - duals
         duals = duals + _stride(duals, dual_step) * dual_step
         weights = _line_search(objective, weights, step, value, gradient, barrier)
     else:
-        gap = optimality_gap(weights, objective.derivatives(weights)[1])
         warnings.warn(f"ensemble weights are within {gap:.1e} nats of the optimum only", stacklevel=2)
     weights = torch.where(weights < NEGLIGIBLE, 0.0, weights)
     return weights / weights.sum()
 
 
 def _newton_step(w: Tensor, duals: Tensor, gradient: Tensor, hessian: Tensor, barrier: float) -> Tensor:
-    """The step d, with sum 0, that solves (H + diag(s / w)) d + multiplier = -(g - barrier / w)."""
-    system = hessian + torch.diag(duals / w)
+    """The step d, with sum 0, that solves (H + diag(s / w)) d + multiplier = -(g - barrier / w).
+
+    Scaled by sqrt(w / s) on both sides the matrix is the identity plus a positive one: never singular.
+    """
+    root = (w / duals).sqrt()
+    system = torch.diag(torch.ones_like(w)) + root[:, None] * hessian * root
     rhs = torch.stack([gradient - barrier / w, torch.ones_like(w)], -1)
-    descent, ones = torch.linalg.solve(system, rhs).unbind(-1)
+    descent, ones = (root[:, None] * torch.linalg.solve(system, root[:, None] * rhs)).unbind(-1)
     return ones * (descent.sum() / ones.sum()) - descent
 
 

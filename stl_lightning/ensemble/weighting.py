@@ -128,6 +128,7 @@ class Weighting:
     """A row of `WEIGHTINGS`; call it with logits of any precision."""
 
     fit: Callable[[Tensor, Tensor, str], Tensor]
+    axes: int = 1  # of its weights; see `pooling`
     log_linear_only: bool = False  # weights of any sign, or of a sum that matters: not for probabilities
 
     @property
@@ -150,6 +151,6 @@ WEIGHTINGS = {
     "greedy": Weighting(greedy),
     "simplex": Weighting(simplex),
     "nonnegative": Weighting(nonnegative, log_linear_only=True),
-    "per_class": Weighting(per_class),
-    "stacking": Weighting(stacking, log_linear_only=True),
+    "per_class": Weighting(per_class, axes=2),
+    "stacking": Weighting(stacking, axes=3, log_linear_only=True),
 }
