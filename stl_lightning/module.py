@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from stl_lightning.errors import ConfigError, DivergedError
+from stl_lightning.networks import MLP
 
 IDENTITY = "stl_lightning"  # key of the identity inside a checkpoint
 
@@ -37,8 +38,8 @@ class BranchModule(LightningModule):
 
     def __init__(
         self,
-        network: NetworkFactory,
-        optimizer: OptimizerFactory,
+        network: NetworkFactory = MLP,
+        optimizer: OptimizerFactory = torch.optim.Adam,
         lr_scheduler: SchedulerFactory | None = None,
         lr_interval: str = "epoch",
         label_smoothing: float = 0.0,

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stl_lightning.errors import RunError
+from stl_lightning.errors import RunError, unknown
 from stl_lightning.paths import RunPaths, read_json
+
+MONITORS = ("val/acc", "val/loss")
 
 
 @dataclass
@@ -31,6 +33,10 @@ class RunOptions:
     branches: list[int] | None = None
     checkpoint_every_n_steps: int | None = None
     monitor: str = "val/acc"
+
+    def __post_init__(self) -> None:
+        if self.monitor not in MONITORS:
+            raise unknown("run.monitor", self.monitor, MONITORS)
 
     @property
     def paths(self) -> RunPaths:

@@ -109,6 +109,8 @@ def _fit(job: BranchJob, status: Status, resume_from: Any) -> Outcome:
     try:
         trainer = _training_trainer(job, status)
         trainer.fit(job.module, datamodule=job.data, ckpt_path=resume_from, weights_only=True)
+        if not job.paths.best.exists():  # trainer.max_steps ended it before the first validation
+            trainer.save_checkpoint(job.paths.best, weights_only=True)
         status.state = "finished"
     except (KeyboardInterrupt, SystemExit):
         status.state = "interrupted"

@@ -126,6 +126,15 @@ def test_a_box_that_never_fits_falls_back_to_the_centre_as_in_torchvision(size):
     assert resized_crop_box(box_draws(0, 0, np.arange(1))[0], *size, (1.0, 1.0)) == expected
 
 
+@pytest.mark.parametrize("height", [40, 47, 60])
+def test_boxes_reach_from_edge_to_edge(height):
+    first, last = np.full(N_BOX_DRAWS, 0.5), np.full(N_BOX_DRAWS, 0.5)
+    first[-2:], last[-2:] = 0, 1 - 2.0**-53
+    assert resized_crop_box(first, height, 50, (0.2, 0.4))[:2] == (0, 0)
+    top, left, h, w = resized_crop_box(last, height, 50, (0.2, 0.4))
+    assert (top + h, left + w) == (height, 50)
+
+
 def test_the_fallback_of_an_ordinary_image_is_the_whole_image():
     always_wide = np.full(N_BOX_DRAWS, 0.999)
     assert resized_crop_box(always_wide, 50, 60, (1.0, 1.0)) == (0, 0, 50, 60)

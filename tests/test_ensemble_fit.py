@@ -51,6 +51,11 @@ class TestAuto:
         chosen = fit_ensemble(copies, labels, MEMBERS, n_folds=2)
         assert (chosen.weighting, chosen.space) == ("uniform", "log_prob")
 
+    def test_prefers_the_first_row_within_one_standard_error(self) -> None:
+        chosen = fit_ensemble(*outputs(skill=(1, 1, 1, 1), seed=3), MEMBERS, n_folds=2)
+        assert min(chosen.cv, key=lambda score: score["nll"]) != chosen.cv[0]
+        assert (chosen.weighting, chosen.space) == ("uniform", "log_prob")
+
     def test_scores_every_row_in_the_order_of_the_table(self) -> None:
         tried = [score["weighting"] for score in fitted("auto", "log_prob").cv]
         assert tried == list(WEIGHTINGS)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from stl_lightning.ensemble.metrics import METRICS, accuracy, brier, disagreement, ece, nll
 from stl_lightning.ensemble.pooling import SPACES, T_MAX, T_MIN, combine, fit_temperature, pool, temper
@@ -94,7 +93,9 @@ class TestTemperature:
         log_probs = (scale * normal(300, 5)).log_softmax(-1)
         labels = drawn((2 * log_probs / scale).softmax(-1))
         reference = minimize_scalar(
-            lambda s: nll(temper(log_probs, 1 / s), labels).item(), bounds=(1e-2, 1e2), options={"xatol": 1e-9}
+            lambda s: nll(temper(log_probs, 1 / s), labels).item(),
+            bounds=(1e-2, 1e2),
+            options={"xatol": 1e-9},
         )
         assert fit_temperature(log_probs, labels) == pytest.approx(1 / reference.x, rel=1e-4)
 
@@ -117,11 +118,23 @@ class TestTemperature:
 
 class TestMetrics:
     @pytest.mark.parametrize("seed", range(3))
-    def test_ece_equals_torchmetrics(self, seed: int) -> None:
+    def test_ece_is_the_mean_gap_of_fifteen_bins(self, seed: int) -> None:
         log_probs = (3 * normal(500, 6, seed=seed)).log_softmax(-1)
         labels = drawn(log_probs.exp() ** 0.5)
-        expected = multiclass_calibration_error(log_probs.exp(), labels, num_classes=6, n_bins=15)
-        assert ece(log_probs, labels).item() == pytest.approx(expected.item(), abs=1e-6)
+        confidence, predicted = log_probs.exp().max(-1)
+        gaps = []
+        for low in range(15):
+            inside = (confidence >= low / 15) & (confidence < (low + 1) / 15)
+            if inside.any():
+                gap = (predicted == labels)[inside].double().mean() - confidence[inside].mean()
+                gaps.append(inside.double().mean() * gap.abs())
+        torch.testing.assert_close(ece(log_probs, labels), sum(gaps))
+
+    def test_ece_keeps_the_last_bins_apart(self) -> None:
+        confidence = torch.tensor([0.9, 0.9, 0.95, 0.95], dtype=torch.float64)
+        log_probs = torch.stack([confidence, 1 - confidence], -1).log()
+        labels = torch.tensor([0, 0, 0, 1])  # gaps 0.1 and -0.45
+        assert ece(log_probs, labels).item() == pytest.approx(0.275)
 
     def test_a_calibrated_prediction_has_no_calibration_error(self) -> None:
         log_probs = (2 * normal(40_000, 5)).log_softmax(-1)
@@ -133,8 +146,7 @@ class TestMetrics:
         labels = torch.tensor([0, 1, 2])
         right = torch.nn.functional.one_hot(labels, 3).double().mul(50).log_softmax(-1)
         wrong = right[[1, 2, 0]]
-        scores = {name: (metric(right, labels).item(), metric(wrong, labels).item())
-                  for name, metric in METRICS.items()}  # fmt: skip
+        scores = {name: (metric(right, labels), metric(wrong, labels)) for name, metric in METRICS.items()}
         expected = {"accuracy": (1, 0), "nll": (0, 50), "ece": (0, 1), "brier": (0, 2)}
         assert scores == {name: pytest.approx(pair, abs=1e-9) for name, pair in expected.items()}
 
@@ -142,7 +154,9 @@ class TestMetrics:
         log_probs = normal(100, 4).log_softmax(-1)
         labels = drawn(log_probs.exp())
         one_hot = torch.nn.functional.one_hot(labels, 4)
-        torch.testing.assert_close(brier(log_probs, labels), (log_probs.exp() - one_hot).square().sum(-1).mean())
+        torch.testing.assert_close(
+            brier(log_probs, labels), (log_probs.exp() - one_hot).square().sum(-1).mean()
+        )
         torch.testing.assert_close(nll(log_probs, labels), torch.nn.functional.nll_loss(log_probs, labels))
         hits = sum(int(row.argmax()) == int(label) for row, label in zip(log_probs, labels, strict=True))
         assert accuracy(log_probs, labels) == hits / 100

@@ -1,6 +1,6 @@
 """Every source opens, loads and fails as promised; folders decode as torchvision decodes them."""
 
-import gzip
+import itertools
 import pickle
 import struct
 import threading
@@ -22,11 +22,10 @@ from stl_lightning.sources import SOURCES, ImageArray, ImageFiles, Source, open_
 N_TRAIN, N_TEST, SIZE = 24, 10, 32
 
 
-def write_idx(path: Path, array: np.ndarray, packed: bool = False) -> None:
+def write_idx(path: Path, array: np.ndarray) -> None:
     header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
     path.parent.mkdir(parents=True, exist_ok=True)
-    blob = header + array.astype(np.uint8).tobytes()
-    path.write_bytes(gzip.compress(blob) if packed else blob)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
 
 
 def write_mnist(root: Path, dataset: str = "MNIST", n_classes: int = 10) -> None:
@@ -66,16 +65,18 @@ def write_folders(root: Path, n_classes: int = 3, test: str = "val") -> None:
                 Image.fromarray(pixels).resize((width, height)).save(folder / f"{i}.jpg")
 
 
-def write_imagenet(root: Path) -> None:
-    for split in ("train", "val"):
-        for k in range(1000):
-            folder = root / split / f"n{k:08d}"
-            folder.mkdir(parents=True)
-            Image.new("RGB", (40, 30), (k % 256, 0, 0)).save(folder / "0.JPEG")
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory) -> Path:
+    """1000 classes with one photograph each, all of them one file."""
+    root = tmp_path_factory.mktemp("imagenet")
+    write_folders(root, n_classes=1)
+    for split, k in itertools.product(("train", "val"), range(1, 1000)):
+        (root / split / f"n{k:04d}").symlink_to("n0000")
+    return root
 
 
 @pytest.fixture
-def opened(request, tmp_path, monkeypatch):
+def opened(tmp_path, monkeypatch, imagenet):
     """`opened(name, folder)` writes a tiny data set of that name and opens it."""
 
     def open_tiny(name: str, folder: str = "data") -> Source:
@@ -87,7 +88,7 @@ def opened(request, tmp_path, monkeypatch):
             "cifar10": lambda: write_cifar(root, torchvision.datasets.CIFAR10, monkeypatch),
             "cifar100": lambda: write_cifar(root, torchvision.datasets.CIFAR100, monkeypatch),
             "imagefolder": lambda: write_folders(root),
-            "imagenet": lambda: write_imagenet(root),
+            "imagenet": lambda: (root.parent.mkdir(exist_ok=True), root.symlink_to(imagenet)),
         }
         write[name]()
         return open_source(name, root, image_size=SIZE if "image_size" in SOURCES[name].takes else None)

@@ -32,7 +32,12 @@ class SpectralCLI(LightningCLI):
             BranchModule,
             SpectralDataModule,
             save_config_callback=None,
-            parser_kwargs={"prog": f"stl {command}", "description": description},
+            # The generated usage lists every setting on 60 lines, above the one line that says what is wrong.
+            parser_kwargs={
+                "prog": f"stl {command}",
+                "usage": f"stl {command} [--config FILE.yaml] [--key.subkey VALUE ...]",
+                "description": description,
+            },
             args=args,
             run=False,
             auto_configure_optimizers=False,
@@ -103,7 +108,7 @@ class SpectralCLI(LightningCLI):
         """Everything needed to train or evaluate one branch."""
         config = copy.deepcopy(self.config)
         config.data.branch = branch
-        built = self.parser.instantiate_classes(config)
+        built = self.parser.instantiate(config)
         data = copy.copy(self.data)
         data.select_branch(branch)
         return BranchJob(
@@ -111,7 +116,7 @@ class SpectralCLI(LightningCLI):
             data,
             built.model,
             dict(built.trainer),
-            self.parser.dump(config, skip_none=False),
+            self.parser.dump(config, skip_unset=False),
             self.options,
             self.tracking,
             RankInfo.detect().local_rank,

@@ -50,7 +50,8 @@ def train_all(jobs: Iterable[BranchJob]) -> int:
             print(f"branch {job.branch}: FAILED: {status.error}", file=sys.stderr, flush=True)
         else:
             what = "is finished already" if outcome == "skipped" else "finished"
-            print(f"branch {job.branch}: {what}, {status.epoch} epochs, validation loss {status.loss:.4f}", flush=True)
+            loss = "" if status.loss is None else f", validation loss {status.loss:.4f}"
+            print(f"branch {job.branch}: {what}, {status.epoch} epochs{loss}", flush=True)
     return n_failed
 
 

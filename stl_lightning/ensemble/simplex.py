@@ -88,7 +88,7 @@ def minimise_on_simplex(objective: PooledNLL, start: Tensor) -> Tensor:
         gap = optimality_gap(weights, gradient)
         if gap <= TOLERANCE_NATS:
             break
-        barrier = 0.1 * gap / len(weights)  # at the solution for this barrier the gap is a tenth of what it is
+        barrier = 0.1 * gap / len(weights)  # its solution has about a tenth of the gap
         step = _newton_step(weights, duals, gradient, hessian, barrier)
         dual_step = (barrier - duals * step) / weights - duals
         duals = duals + _stride(duals, dual_step) * dual_step

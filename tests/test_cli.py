@@ -1,0 +1,189 @@
+"""The commands as a user calls them: what they print, and how they refuse bad input before any training."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from stl_lightning.__main__ import COMMANDS, main
+from stl_lightning.paths import RunPaths
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+DIGITS = str(CHECKOUT / "configs" / "digits.yaml")
+QUICK = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+# What the user gets wrong -> the arguments, and what the message has to say.
+BAD = {
+    "unknown source": (["--data.source=mnits"], ["data.source", "'mnits'", "cifar10, cifar100, digits"]),
+    "missing data": (["--data.source=mnist", "--data.root=nowhere"], ["nowhere/MNIST/raw", "data.download=true"]),
+    "unknown transform": (["--data.transform=dct3"], ["data.transform", "dct, dct2, dft"]),
+    "unknown reorganisation": (["--data.reorganisation=zigzag"], ["data.reorganisation", "polyphase, raster, tiles"]),
+    "unknown weighting": (["--ensemble.weighting=best"], ["ensemble.weighting", "'best'", "greedy", "uniform"]),
+    "unfit space": (["--ensemble.weighting=stacking", "--ensemble.space=prob"], ["ensemble.space", "stacking"]),
+    "block": (["--data.block=3"], ["data.block", "data.pad", "9x9"]),
+    "hadamard": (["--data.block=[1,3]", "--data.pad=zeros", "--data.transform=hadamard"], ["powers of two", "(1, 3)", "dct, dct2, dft"]),
+    "haar": (["--data.block=[1,3]", "--data.pad=zeros", "--data.transform=haar"], ["powers of two", "(1, 3)", "dct, dct2, dft"]),
+    "slices": (["--data.slices_per_branch=5"], ["data.slices_per_branch", "1 to 4"]),
+    "branches": (["--run.branches=[4]"], ["run.branches", "0 to 3"]),
+    "val_size": (["--data.val_size=1.5"], ["data.val_size"]),
+    "batch_size": (["--data.batch_size=0"], ["data.batch_size", "at least 1"]),
+    "strategy": (["--trainer.strategy=ddp"], ["trainer.strategy", "left unset"]),
+    "endless": (["--trainer.max_epochs=null"], ["trainer.max_epochs"]),
+    "accelerator": (["--trainer.accelerator=tpu"], ["trainer.accelerator", "'tpu'"]),
+    "monitor": (["--run.monitor=val/f1"], ["run.monitor", "val/acc"]),
+    "network option": (["--model.network.init_args.depth=0"], ["model.network.init_args.depth", "1 or more"]),
+    "smoothing": (["--model.label_smoothing=2"], ["model.label_smoothing"]),
+    "typo in a key": (["--data.sorce=digits"], ["data.sorce"]),
+    "wrong type": (["--data.batch_size=many"], ["data.batch_size"]),
+}
+
+
+def stl(command: str, root: Path, *args: str, config: str = DIGITS) -> int:
+    try:
+        return main([command, "--config", config, f"--run.root={root}", *QUICK, *args])
+    except SystemExit as exit:  # argparse leaves this way
+        return int(exit.code or 0)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_any_training(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    args, said = BAD[case]
+    assert stl("run", tmp_path / "runs", *args) == 2
+    message = capfd.readouterr().err
+    for words in said:
+        assert words in message
+    assert "Traceback" not in message
+    assert not list(tmp_path.glob("runs/*/branches/*/last.ckpt"))
+
+
+def test_more_ranks_than_branches(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {"TORCHELASTIC_RUN_ID": "x", "RANK": "4", "WORLD_SIZE": "5", "LOCAL_RANK": "4"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    assert stl("fit", tmp_path) == 2
+    message = capfd.readouterr().err
+    assert "rank 4 of 5" in message
+    assert "4 branches" in message
+
+
+def test_an_unwritable_run_directory(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert stl("fit", tmp_path / "file") == 2
+    assert "run.root" in capfd.readouterr().err
+
+
+def test_a_run_of_other_settings_names_the_keys(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert stl("fit", tmp_path, "--run.branches=[0]") == 0
+    assert stl("fit", tmp_path, "--data.transform=dft", "--run.branches=[0]") == 2
+    message = capfd.readouterr().err
+    assert "transform is 'dct2' there and 'dft' here" in message
+    assert "run.name" in message
+    assert stl("fit", tmp_path, "--model.optimizer.init_args.lr=0.1", "--run.branches=[0]") == 2
+    assert "model.optimizer.init_args.lr was 0.001 and is now 0.1" in capfd.readouterr().err
+
+
+def test_wandb_that_is_not_installed(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stl_lightning.tracking.find_spec", lambda name: None)
+    assert stl("fit", tmp_path, "--tracking.wandb=true") == 2
+    assert "pip install 'stl-lightning[wandb]'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["labels", "nan"])
+def test_arrays_that_cannot_be_trained_on(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {f"{split}_images": rng.random((50, 8, 8), np.float32) for split in ("train", "test")}
+    arrays |= {f"{split}_labels": np.arange(50) % 5 for split in ("train", "test")}
+    if case == "labels":
+        arrays["train_labels"][7] = -1
+    else:
+        arrays["train_images"][3, 2, 1] = np.nan
+    np.savez(tmp_path / "own.npz", **arrays)
+    assert stl("run", tmp_path / "runs", "--data.source=npz", f"--data.root={tmp_path / 'own.npz'}") == 2
+    message = capfd.readouterr().err
+    assert ("labels in 0..4" in message and "index 7" in message) if case == "labels" else "NaN" in message
+
+
+def test_an_ensemble_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["ensemble", str(tmp_path)]) == 2
+    assert "run.json" in capfd.readouterr().err
+
+
+def test_a_partial_ensemble_names_the_missing_and_is_a_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert stl("fit", tmp_path, "--run.branches=[0,2,3]") == 0
+    run = RunPaths(tmp_path / "digits")
+    run.branch(3).best.write_bytes(b"damaged")
+    assert main(["ensemble", str(run.folder), "--weighting=simplex"]) == 0
+    printed = capfd.readouterr().out
+    assert "branches missing: 1, 3" in printed
+    assert "branch 3 is left out" in printed
+    results = json.loads(run.results.read_text())
+    assert results["members"] == [0, 2]
+    assert sum(row["weight"] for row in results["branches"]) == pytest.approx(1.0)
+    assert results["ensemble"]["accuracy"] > 0.3
+
+
+def test_finished_runs_are_scored_again_and_not_trained_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert stl("run", tmp_path) == 0
+    assert stl("baseline", tmp_path) == 0
+    run = RunPaths(tmp_path / "digits")
+    trained = {path: path.stat().st_mtime_ns for path in run.folder.glob("branches/*/*.ckpt")}
+    capfd.readouterr()
+    assert stl("run", tmp_path) == 0
+    assert "is finished already" in capfd.readouterr().out
+    assert trained == {path: path.stat().st_mtime_ns for path in trained}
+    results = json.loads(run.results.read_text())
+    assert results["baseline"]["n_parameters"] > results["branches"][0]["n_parameters"]
+    assert results["mean"] == pytest.approx(np.mean([row["test"]["accuracy"] for row in results["branches"]]))
+
+
+def test_scoring_commands_print_a_line_a_branch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert stl("fit", tmp_path) == 0
+    for command, split in {"validate": "val", "test": "test", "predict": "val"}.items():
+        capfd.readouterr()
+        assert stl(command, tmp_path, "--run.branches=[1,3]") == 0
+        lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+        assert [(line["branch"], line["split"]) for line in lines] == [(1, split), (3, split)]
+        assert all(Path(line["logits"]).exists() for line in lines)
+
+
+def test_print_config_is_a_config(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert stl("fit", tmp_path, "--data.batch_size=7", "--print_config") == 0
+    printed = capfd.readouterr().out
+    (tmp_path / "again.yaml").write_text(printed)
+    assert yaml.safe_load(printed)["data"]["batch_size"] == 7
+    assert stl("fit", tmp_path, "--run.branches=[0]", config=str(tmp_path / "again.yaml")) == 0
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
+def test_help_lists_every_command(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in COMMANDS)
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "unknown command 'trian'" in capsys.readouterr().err
+
+
+def test_help_answers_in_under_half_a_second() -> None:
+    def once() -> float:
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "stl_lightning", "--help"], check=True, cwd=CHECKOUT, capture_output=True)
+        return time.perf_counter() - begin
+
+    assert min(once() for _ in range(3)) < 0.5
+
+
+def test_completion_knows_commands_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    for word in (*COMMANDS, "--data.transform", "--trainer.max_epochs", "--weighting"):
+        assert word in script
+    subprocess.run(["bash", "-n"], input=script.encode(), check=True)
+    assert main(["completion", "fish"]) == 2

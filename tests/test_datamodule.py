@@ -1,0 +1,184 @@
+"""What a branch is fed: its slices and no others, the same split and order on every rank, no test data in training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stl_lightning.augment import PixelAugment
+from stl_lightning.datamodule import SpectralDataModule, slices_of_branch, split_indices
+from stl_lightning.errors import CheckpointError, ConfigError
+from stl_lightning.loaders import ResumableLoader, epoch_order
+from stl_lightning.spectral import TRANSFORMS
+
+
+def module(**settings: Any) -> SpectralDataModule:
+    return SpectralDataModule(**{"source": "digits", "val_size": 0.2, "branch": 0} | settings)
+
+
+def everything(loader: ResumableLoader) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = list(loader)
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_the_branches_together_hold_the_image_and_nothing_else(transform: str) -> None:
+    """Undo the standardisation and the transform of what B ranks were fed: the images they never saw come back."""
+    data = module(transform=transform)
+    slices = []
+    for branch in range(data.n_branches):
+        data.select_branch(branch)
+        fed = data.slices_in("val")
+        assert fed.batch(torch.arange(5), None)[0].shape[1:] == data.in_shape
+        slices.append(everything(data.loader("val"))[0] * fed.std + fed.mean)
+    pixels = fed.images.fetch(fed.indices)
+    torch.testing.assert_close(data.spectral.inverse(slices) * 255, pixels.float(), atol=1e-2, rtol=0)
+
+
+def test_training_slices_are_standardised() -> None:
+    data = module(branch=3)
+    x, _ = everything(data.train_dataloader())
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(1), atol=1e-3, rtol=0)
+
+
+def test_a_constant_slice_stays_finite() -> None:
+    """Digits have columns that are always black: a polyphase component of a large block never changes."""
+    data = module(block=8, transform="identity")
+    for branch in range(data.n_branches):
+        data.select_branch(branch)
+        assert everything(data.val_dataloader())[0].isfinite().all()
+
+
+def test_splits_are_disjoint_cover_everything_and_depend_on_the_seed_alone() -> None:
+    train, val = split_indices(1000, 0.1, seed=3)
+    assert sorted([*train.tolist(), *val.tolist()]) == list(range(1000))
+    assert len(val) == 100
+    torch.rand(5)
+    assert torch.equal(val, split_indices(1000, 100, seed=3)[1])
+    assert not torch.equal(val, split_indices(1000, 100, seed=4)[1])
+
+
+def test_all_branches_see_the_same_images_in_the_same_order() -> None:
+    orders = []
+    for branch in (0, 3):
+        loader = module(branch=branch, batch_size=64).train_dataloader()
+        loader.set_epoch(5)
+        orders.append(everything(loader)[1])
+    assert torch.equal(*orders)
+
+
+def test_the_order_changes_with_the_epoch() -> None:
+    assert not torch.equal(epoch_order(100, 0, 0), epoch_order(100, 0, 1))
+    assert not torch.equal(epoch_order(100, 0, 1), epoch_order(100, 1, 0))
+    assert sorted(epoch_order(100, 0, 0).tolist()) == list(range(100))
+
+
+def test_augmentation_is_of_the_image_and_the_same_for_every_branch() -> None:
+    """The slices that all branches were fed for one batch are those of one augmented image each."""
+    augment = PixelAugment(crop_pad=2, flip=True)
+    data = module(augment=augment, seed=7)
+    fed = []
+    for branch in range(data.n_branches):
+        data.select_branch(branch)
+        part = data.slices_in("train", training=True)
+        fed.append(part.batch(torch.arange(64), epoch=2)[0] * part.std + part.mean)
+    indices = part.indices[:64]
+    pixels = part.images.fetch(indices, augment, seed=7, epoch=2)
+    torch.testing.assert_close(data.spectral.inverse(fed) * 255, pixels.float(), atol=1e-2, rtol=0)
+    assert not torch.equal(pixels, part.images.fetch(indices))
+
+
+def test_validation_is_not_augmented() -> None:
+    plain, augmented = module(), module(augment=PixelAugment(crop_pad=2, flip=True))
+    assert torch.equal(everything(plain.val_dataloader())[0], everything(augmented.val_dataloader())[0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("first", [0, 1, 7, 12])
+def test_a_loader_goes_on_where_its_state_says(first: int, num_workers: int) -> None:
+    source = module().slices_in("train", training=True)
+
+    def loader() -> ResumableLoader:
+        made = ResumableLoader(source, 100, seed=1, num_workers=num_workers)
+        made.set_epoch(4)
+        return made
+
+    interrupted = loader()
+    seen = [batch for batch, _ in zip(interrupted, range(first), strict=False)]
+    resumed = loader()
+    resumed.load_state_dict({"epoch": 4, "batches": first})
+    rest = list(resumed)
+    whole = list(loader())
+    assert len(rest) == len(whole) - first
+    for (x, y), (x_expected, y_expected) in zip([*seen, *rest], whole, strict=True):
+        assert torch.equal(x, x_expected)
+        assert torch.equal(y, y_expected)
+
+
+def test_state_of_another_epoch_starts_from_the_beginning() -> None:
+    loader = ResumableLoader(module().slices_in("train"), 100, seed=1)
+    loader.load_state_dict({"epoch": 3, "batches": 9})
+    loader.set_epoch(4)
+    assert len(list(loader)) == len(loader)
+
+
+def test_a_last_training_batch_of_one_is_left_out() -> None:
+    source = module().slices_in("train")
+    size = len(source) - 1
+    assert [len(y) for _, y in ResumableLoader(source, size, seed=1)] == [size]
+    assert [len(y) for _, y in ResumableLoader(source, size)] == [size, 1]
+
+
+def test_slices_per_branch() -> None:
+    assert slices_of_branch(0, 1, 4) == (0,)
+    assert slices_of_branch(3, 2, 4) == (3, 0)
+    assert slices_of_branch(0, 3, 4) == (0, 1, 2)
+    data = module(slices_per_branch=2, branch=1, transform="dft", block=(1, 4))
+    assert data.in_shape == (3, 8, 2)  # the DFT of 4 pixels: slices 0 and 2 are real, 1 is complex
+
+
+def test_training_never_opens_the_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = module()
+    read: list[str] = []
+    load = type(data.source).load
+    monkeypatch.setattr(type(data.source), "load", lambda self, split: read.append(split) or load(self, split))
+    list(data.train_dataloader())
+    list(data.val_dataloader())
+    assert set(read) == {"train"}
+    list(data.test_dataloader())
+    assert set(read) == {"train", "test"}
+
+
+def test_a_checkpoint_of_other_slices_is_refused() -> None:
+    data, other = module(branch=1), module(branch=2)
+    data.load_state_dict(other.state_dict())
+    with pytest.raises(CheckpointError, match="branch 2, this is branch 1"):
+        data.setup()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"val_size": 0}, "val_size"), ({"val_size": 5000}, "val_size"), ({"branch": 4}, "data.branch")],
+)
+def test_settings_out_of_range(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        module(**settings).setup()
+
+
+def test_files_are_decoded_in_workers_with_the_same_result(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for label in ("ant", "bee"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(6):
+                pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+                Image.fromarray(pixels.numpy()).save(tmp_path / split / label / f"{i}.png")
+    settings = {"source": "imagefolder", "root": str(tmp_path), "image_size": 16, "batch_size": 4}
+    settings["augment"] = PixelAugment(flip=True, resized_crop=(0.3, 1.0))
+    alone, helped = (module(**settings, num_workers=n).train_dataloader() for n in (0, 2))
+    for (x, y), (x_expected, y_expected) in zip(helped, alone, strict=True):
+        assert torch.equal(x, x_expected)
+        assert torch.equal(y, y_expected)

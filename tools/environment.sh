@@ -1,0 +1,31 @@
+# Sourced by quickstart and test: makes .venv in the checkout, once, with the pinned versions. Leaves $CHECKOUT set.
+# Extras of the package to install: $1 (such as "[dev]").
+set -euo pipefail
+CHECKOUT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+find_python() { # the newest of the Pythons on PATH that will do; $PYTHON overrides
+    local candidate
+    for candidate in ${PYTHON:-} python3.13 python3.12 python3.11 python3 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "expected Python 3.11 or newer on PATH, found none; set PYTHON to one" >&2
+    return 1
+}
+
+make_environment() {
+    local venv="$CHECKOUT/.venv" wanted
+    if [ ! -x "$venv/bin/python" ]; then
+        "$(find_python)" -m venv "$venv"
+    fi
+    # Installing takes seconds even when nothing is missing: skip it while neither the pins nor the project changed.
+    wanted=$(cat "$CHECKOUT/pyproject.toml" "$CHECKOUT/tools/constraints.txt" <(echo "$1 $CHECKOUT") | cksum)
+    if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
+        [ -x "$venv/bin/uv" ] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
+        "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" \
+            --constraint "$CHECKOUT/tools/constraints.txt" --editable "$CHECKOUT$1"
+        echo "$wanted" >"$venv/installed"
+    fi
+}
