@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import ConfigError
+from stl_lightning.errors import ConfigError
 
 # Draw numbers of one sample. A new augmentation takes new numbers, so that the old ones keep their values.
 FLIP, TOP, LEFT, BOX = 0, 1, 2, 3

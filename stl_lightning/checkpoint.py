@@ -2,7 +2,6 @@
 
 import hashlib
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from stl_lightning.errors import CheckpointError
 from stl_lightning.module import IDENTITY
 from stl_lightning.paths import BranchPaths, write_atomically
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes through a temporary file that is flushed and renamed; loads tensors and plain types only."""
@@ -36,8 +36,10 @@ def load_checkpoint(path: Path, identity: dict[str, Any] | None = None) -> dict[
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}; train the branch with `stl fit`") from None
     except pickle.UnpicklingError as error:
-        reason = "it holds objects that would execute code when loaded" if zipfile.is_zipfile(path) else "it is damaged"
-        raise CheckpointError(f"refused to load {path}: {reason}. Delete it to train the branch again") from error
+        raise CheckpointError(
+            f"refused to load {path}: it holds objects that would execute code when loaded, or is no checkpoint. "
+            "Delete it to train the branch again"
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read {path}: it is truncated or damaged. Delete it to train again") from error
     if identity is not None:
@@ -48,7 +50,7 @@ def load_checkpoint(path: Path, identity: dict[str, Any] | None = None) -> dict[
 def _check_identity(checkpoint: Any, identity: dict[str, Any], path: Path) -> None:
     found = checkpoint.get(IDENTITY) if isinstance(checkpoint, dict) else None
     if found is None:
-        raise CheckpointError(f"{path} was not written by stl_lightning; expected a checkpoint of branch {identity['branch']}")
+        raise CheckpointError(f"{path} was not written by stl_lightning; delete it to train the branch again")
     wrong = [key for key in identity if found.get(key) != identity[key]]
     if wrong:
         listed = ", ".join(f"{key} is {found.get(key)!r}, expected {identity[key]!r}" for key in wrong)

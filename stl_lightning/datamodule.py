@@ -9,9 +9,10 @@ from torch import Tensor
 
 from stl_lightning.augment import PixelAugment
 from stl_lightning.errors import CheckpointError, ConfigError, DataError
+from stl_lightning.images import ImageArray, ImageFiles
 from stl_lightning.loaders import ResumableLoader
 from stl_lightning.ranks import RankInfo
-from stl_lightning.sources import ImageArray, ImageFiles, open_source
+from stl_lightning.sources import open_source
 from stl_lightning.spectral import SpectralSplit
 
 Split = Literal["train", "val", "test"]
@@ -275,7 +276,7 @@ def _mean_and_std(slices: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not torch.isfinite(slices).all():
         bad = int((~torch.isfinite(slices)).flatten(1).any(1).sum())
-        raise DataError(f"{bad} of {len(slices)} training images hold NaN or infinite values; clean the data under data.root")
+        raise DataError(f"data.root: expected finite images, received {bad} of {len(slices)} with NaN or infinity")
     std, mean = torch.std_mean(slices.double(), dim=(0, 2, 3), keepdim=True)
     # A slice that is constant (a border that is always black) is centred and left unscaled.
     std = torch.where(std > 1e-6, std, torch.ones_like(std))

@@ -66,7 +66,8 @@ class ResumableLoader:
         # A generator: Lightning creates the iterator before it sets the epoch, and asks for the first batch after.
         epoch = None if self.seed is None else self.epoch
         first = self._first_batch()
-        for self._handed_out, batch in enumerate(self._batches(epoch, first), start=first + 1):
+        for n_handed_out, batch in enumerate(self._batches(epoch, first), start=first + 1):
+            self._handed_out = n_handed_out
             yield batch
 
     def _first_batch(self) -> int:

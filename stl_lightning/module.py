@@ -1,5 +1,6 @@
 """One branch as a LightningModule: network, loss, metrics, optimiser, schedule."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -36,6 +37,10 @@ class BranchModule(LightningModule):
     Raises: DivergedError that names the step, once the training loss is no longer finite.
     """
 
+    network: nn.Module | None
+    train_totals: Tensor
+    diverged_at: Tensor
+
     def __init__(
         self,
         network: NetworkFactory = MLP,
@@ -54,7 +59,7 @@ class BranchModule(LightningModule):
         self.scheduler_factory = lr_scheduler
         self.lr_interval = lr_interval
         self.label_smoothing = label_smoothing
-        self.network: nn.Module | None = None
+        self.network = None
         self.identity: dict[str, Any] = {}  # whose weights these are: run, branch, number of branches
         # Loss sum, correct answers and images since the epoch began. In the state, so that an epoch that was resumed
         # in the middle reports the same mean as an undisturbed one.
@@ -129,12 +134,17 @@ class BranchModule(LightningModule):
             )
 
     def _note(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
-        n = labels.numel()
         n_correct = (logits.argmax(1) == labels).sum()
-        self.train_totals += torch.stack([loss.float() * n, n_correct.float(), torch.tensor(n, device=loss.device)])
+        n_images = labels.new_tensor(len(labels))
+        self.train_totals.add_(torch.stack([loss.float() * n_images, n_correct, n_images]))
+        if loss.device.type == "cpu":
+            if not math.isfinite(loss.item()):
+                self.diverged_at.fill_(self.global_step)
+                self.stop_if_diverged()
+            return
         is_first = ~torch.isfinite(loss) & (self.diverged_at < 0)
-        self.diverged_at = torch.where(is_first, self.global_step, self.diverged_at)
-        if loss.device.type == "cpu" or self.global_step % LOSS_CHECK_STEPS == 0:
+        self.diverged_at.masked_fill_(is_first, self.global_step)
+        if self.global_step % LOSS_CHECK_STEPS == 0:
             self.stop_if_diverged()
 
     def _log_scores(self, split: str, batch: tuple[Tensor, Tensor]) -> None:

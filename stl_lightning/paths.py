@@ -59,6 +59,10 @@ class RunPaths:
         return self.folder / "ensemble" / "results.json"
 
     @property
+    def fitted(self) -> Path:
+        return self.folder / "ensemble" / "weights.safetensors"
+
+    @property
     def baseline(self) -> "RunPaths":
         """The conventional network on the whole image is a run of one branch inside this one."""
         return RunPaths(self.folder / "baseline")

@@ -76,7 +76,7 @@ def claim_run(paths: RunPaths, settings: dict[str, Any]) -> Run:
 def open_run(paths: RunPaths) -> Run:
     """Raises: RunError if `paths` holds no run."""
     if not paths.run_json.exists():
-        raise RunError(f"{paths.folder} is not a run directory: it holds no run.json. Train one with `stl fit` or `stl run`")
+        raise RunError(f"{paths.folder} is not a run directory: it holds no run.json. Train one with `stl fit`")
     content = read_json(paths.run_json)
     try:
         return Run(paths, content["id"], content["hash"], content["settings"])

@@ -10,8 +10,7 @@ Letters: n samples, c channels, h w space, k classes.
 import hashlib
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,96 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .augment import PixelAugment, box_draws, resized_crop_box, uniform
-from .errors import ConfigError, DataError, unknown
+from stl_lightning.augment import uniform
+from stl_lightning.errors import ConfigError, DataError, unknown
+from stl_lightning.images import ImageArray, ImageFiles, reading
 
 SPLITS = ("train", "test")
 FOLDER_LAYOUT = "expected data.root/train/CLASS/*.jpg and data.root/test/CLASS/*.jpg (or val for test)"
-
-
-@dataclass(frozen=True)
-class ImageArray:
-    """Images in memory. Shapes: pixels (n, c, h, w) uint8, labels (n,) int64."""
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __post_init__(self) -> None:
-        if len(self.pixels) != len(self.labels):
-            received = f"{len(self.labels)} labels and {len(self.pixels)} images"
-            raise DataError(f"expected one label per image, received {received}; correct data.root")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def fetch(
-        self, indices: Tensor | np.ndarray, augment: PixelAugment | None = None, seed: int = 0, epoch: int = 0
-    ) -> Tensor:
-        """The images at `indices` (n,), augmented with the draws of (seed, epoch): (n, c, h, w) uint8.
-
-        Raises: ConfigError for `resized_crop`, which needs images larger than they are wanted.
-        """
-        if augment and augment.resized_crop:
-            raise ConfigError(
-                "data.augment.resized_crop: expected null for this source, whose images have one small size, "
-                f"received {augment.resized_crop}; use data.augment.crop_pad"
-            )
-        images = self.pixels[torch.as_tensor(indices)]
-        return augment(images, seed, epoch, indices) if augment else images
-
-
-class ImageFiles:
-    """Images in files, decoded when they are fetched. Shapes: labels (n,) int64."""
-
-    def __init__(self, paths: Sequence[str], labels: Tensor, image_size: int) -> None:
-        # One array, not a million str objects: each worker process would copy those, page by page, as their
-        # reference counts change.
-        self.paths = np.array([os.fsencode(path) for path in paths])
-        self.labels = labels
-        self.image_size = image_size
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def fetch(
-        self, indices: Tensor | np.ndarray, augment: PixelAugment | None = None, seed: int = 0, epoch: int = 0
-    ) -> Tensor:
-        """The images at `indices` (n,), augmented with the draws of (seed, epoch): (n, 3, h, w) uint8.
-
-        Equivalent: torchvision's Resize(image_size * 256 / 224) and CenterCrop(image_size), or, with
-        `resized_crop`, RandomResizedCrop(image_size); RGB, bilinear.
-        Raises: DataError that names a file which is no readable image.
-        """
-        scale = augment.resized_crop if augment else None
-        draws = box_draws(seed, epoch, indices)
-        images = torch.empty(len(indices), 3, self.image_size, self.image_size, dtype=torch.uint8)
-        for position, index in enumerate(indices):
-            path = os.fsdecode(self.paths[int(index)])
-            images[position] = _decode(path, self.image_size, scale, draws[position])
-        return augment(images, seed, epoch, indices) if augment else images
-
-
-def _decode(path: str, size: int, scale: tuple[float, float] | None, draws: np.ndarray) -> Tensor:
-    from PIL import Image
-    from torchvision.transforms import functional
-
-    with _reading(path, "replace or delete it"), Image.open(path) as file:
-        image = file.convert("RGB")
-    if scale is None:
-        image = functional.center_crop(functional.resize(image, round(size * 256 / 224)), size)
-    else:
-        box = resized_crop_box(draws, image.height, image.width, scale)
-        image = functional.resized_crop(image, *box, [size, size])
-    return functional.pil_to_tensor(image)
-
-
-@contextmanager
-def _reading(what: Path | str, cure: str) -> Iterator[None]:
-    """Turn what decoders raise on damaged files into a DataError."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, AssertionError, SyntaxError, EOFError) as error:
-        raise DataError(f"{what}: cannot be read ({type(error).__name__}: {error}); {cure}") from error
 
 
 @dataclass(frozen=True)
@@ -226,7 +141,7 @@ def _cifar_classes(kind: Any, folder: Path) -> list[str]:
 def _read_torchvision(dataset: str, root: Path, split: str) -> ImageArray:
     import torchvision
 
-    with _reading(root, f"delete its {dataset} files and set data.download=true"):
+    with reading(root, f"delete its {dataset} files and set data.download=true"):
         data = getattr(torchvision.datasets, dataset)(root, train=split == "train")
     pixels = torch.as_tensor(data.data)
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
@@ -274,7 +189,7 @@ def _open_folders(ask: Request, default_size: int | None = None, n_classes: int 
     size = default_size if ask.image_size is None else ask.image_size
     if size is None or size < 1:
         raise ConfigError(f"data.image_size: expected a side in pixels for {ask.name}, received {size}")
-    with _reading(ask.root, FOLDER_LAYOUT):
+    with reading(ask.root, FOLDER_LAYOUT):
         classes, class_to_label = find_classes(ask.root / "train")
         test = _test_folder(ask.root, find_classes)
     if n_classes not in (None, len(classes)):
@@ -282,9 +197,7 @@ def _open_folders(ask: Request, default_size: int | None = None, n_classes: int 
         raise DataError(f"{ask.root / 'train'}: {expected}; complete them, or set data.source to imagefolder")
     folders = {"train": ask.root / "train", "test": test}
     found = {split: _list_images(folders[split], class_to_label) for split in SPLITS}
-    splits = {
-        split: ImageFiles(paths, torch.tensor(labels), size) for split, (paths, labels) in found.items()
-    }
+    splits = {split: ImageFiles(paths, torch.tensor(labels), size) for split, (paths, labels) in found.items()}
     names = (split + path.removeprefix(str(folders[split])) for split in SPLITS for path in found[split][0])
     mark = _fingerprint(ask.name, str(size), *names)
     return Source(ask.name, (3, size, size), classes, mark, splits.__getitem__)
@@ -306,12 +219,51 @@ def _list_images(folder: Path, class_to_label: dict[str, int]) -> tuple[list[str
     """Paths and labels, in the order of class and file names."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-    with _reading(folder, FOLDER_LAYOUT):
+    with reading(folder, FOLDER_LAYOUT):
         # Every class must have training images; a test set may lack some.
         found = make_dataset(str(folder), class_to_label, IMG_EXTENSIONS, allow_empty=folder.name != "train")
     if not found:
         raise DataError(f"{folder}: expected image files, received none; {FOLDER_LAYOUT}")
     return [path for path, _ in found], [label for _, label in found]
+
+
+NPZ_ARRAYS = tuple(f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels"))
+NPZ_LAYOUT = (
+    "expected data.root to be one file with train_images (n, h, w) or (n, h, w, c), train_labels (n,), "
+    "test_images and test_labels"
+)
+
+
+def _open_npz(ask: Request) -> Source:
+    """The user's own arrays in one file, laid out as MedMNIST's are; `data.root` is the file."""
+    with reading(ask.root, NPZ_LAYOUT), np.load(ask.root, allow_pickle=False) as arrays:
+        missing = [name for name in NPZ_ARRAYS if name not in arrays]
+        if missing:
+            raise DataError(f"{ask.root}: {NPZ_LAYOUT}, received a file without {', '.join(missing)}")
+        labels = np.concatenate([arrays[f"{split}_labels"].reshape(-1) for split in SPLITS])
+        shape = _to_planes(arrays["test_images"][:1]).shape[1:]
+    n_classes = int(labels.max()) + 1
+    mark = _fingerprint(ask.name, str(ask.root.stat().st_size), labels.astype(np.int64).tobytes())
+    read = partial(_read_npz, ask.root)
+    return Source(ask.name, (shape[0], shape[1], shape[2]), [str(k) for k in range(n_classes)], mark, read)
+
+
+def _read_npz(path: Path, split: str) -> ImageArray:
+    with reading(path, NPZ_LAYOUT), np.load(path, allow_pickle=False) as arrays:
+        pixels = _to_planes(arrays[f"{split}_images"])
+        labels = torch.from_numpy(arrays[f"{split}_labels"].reshape(-1).astype(np.int64))
+    if not pixels.isfinite().all():
+        n_bad = int((~pixels.isfinite()).flatten(1).any(1).sum())
+        raise DataError(f"{path}: expected finite images, received {n_bad} of {split}_images with NaN or infinity")
+    return ImageArray(pixels, labels)
+
+
+def _to_planes(images: np.ndarray) -> Tensor:
+    """(n, h, w) or (n, h, w, c) -> (n, c, h, w), 8 bits or float32."""
+    if images.ndim not in (3, 4) or not (images.dtype == np.uint8 or images.dtype.kind == "f"):
+        raise DataError(f"{NPZ_LAYOUT} of uint8, or of floats in [0, 1]; received {images.dtype} {images.shape}")
+    planes = torch.from_numpy(images if images.dtype == np.uint8 else images.astype(np.float32))
+    return planes[:, None] if planes.ndim == 3 else planes.permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -330,12 +282,11 @@ SOURCES = {
     "cifar100": Opener(partial(_open_cifar, "CIFAR100"), takes=("download",)),
     "imagefolder": Opener(_open_folders, takes=("image_size",)),
     "imagenet": Opener(partial(_open_folders, default_size=224, n_classes=1000), takes=("image_size",)),
+    "npz": Opener(_open_npz),
 }
 
 
-def open_source(
-    name: str, root: str | Path = "data", download: bool = False, image_size: int | None = None
-) -> Source:
+def open_source(name: str, root: str | Path = "data", download: bool = False, image_size: int | None = None) -> Source:
     """Find a data set: check that its files exist and list them, but read no pixels.
 
     Units: image_size in pixels. Several processes may call this at once, with download too.

@@ -60,7 +60,7 @@ class IndependentStrategy(SingleDeviceStrategy):
 
     def __init__(self, accelerator: str = "auto", local_rank: int = 0) -> None:
         # Lightning silences loggers on ranks above 0, which it reads from the launcher's variables when imported.
-        rank_zero_only.rank = 0
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
         super().__init__(device=pick_device(accelerator, local_rank))
 
     def setup_environment(self) -> None:

@@ -92,7 +92,9 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
-def branch_loggers(options: TrackingOptions, paths: BranchPaths, run_name: str, run_id: str, branch: int) -> list[Logger]:
+def branch_loggers(
+    options: TrackingOptions, paths: BranchPaths, run_name: str, run_id: str, branch: int
+) -> list[Logger]:
     """The loggers of one branch. Their ids come from the run, so a branch that resumes continues its own curves."""
     loggers: list[Logger] = [MetricsCSV(paths)]
     if options.tensorboard:

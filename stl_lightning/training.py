@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import yaml
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 
 from stl_lightning.checkpoint import LastCheckpoint, best_checkpoint, load_checkpoint
 from stl_lightning.datamodule import SpectralDataModule
@@ -76,8 +76,8 @@ def check_trainer_settings(settings: dict[str, Any]) -> dict[str, Any]:
     for key in OWN_TRAINER_SETTINGS:
         if settings.get(key) not in untouched:
             raise ConfigError(
-                f"trainer.{key}: expected to be left unset, got {settings[key]!r}; every branch trains alone on one device "
-                "(choose it by trainer.accelerator and by starting ranks) and logs as `tracking` says"
+                f"trainer.{key}: expected to be left unset, got {settings[key]!r}; every branch trains alone on one "
+                "device (choose it by trainer.accelerator and by starting ranks) and logs as `tracking` says"
             )
     if settings.get("max_epochs") is None and settings.get("max_steps", -1) == -1 and not settings.get("fast_dev_run"):
         raise ConfigError("trainer.max_epochs: expected a number of epochs (or trainer.max_steps), got neither")
@@ -156,7 +156,7 @@ def _check_same_config(job: BranchJob) -> None:
         )
 
 
-def load_best(job: BranchJob) -> LightningModule:
+def load_best(job: BranchJob) -> BranchModule:
     """The branch with the weights of `best.ckpt`, in evaluation mode on the CPU.
 
     Raises: CheckpointError if there is none or it is not of this branch and run.
@@ -167,5 +167,3 @@ def load_best(job: BranchJob) -> LightningModule:
     module = job.module.build(job.data.in_shape, job.data.n_classes, job.data.seed, job.branch)
     module.load_state_dict(checkpoint["state_dict"])
     return module.eval()
-
-

@@ -13,7 +13,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def real_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`real_data("mnist")` -> a folder in torchvision's layout; $STL_DATA is used as it is, packed data are unpacked."""
+    """`real_data("mnist")` -> a folder in torchvision's layout: $STL_DATA as it is, or packed data unpacked."""
     folder = os.environ.get("STL_DATA")
     packed = CHECKOUT.parent / "shared" / "data" / "unpack.py"
     unpacked = tmp_path_factory.mktemp("data")

@@ -17,6 +17,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 DIGITS = str(CHECKOUT / "configs" / "digits.yaml")
 QUICK = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
+Capture = pytest.CaptureFixture[str]
+THREE_PIXELS = ["--data.block=[1,3]", "--data.pad=zeros"]
+
 # What the user gets wrong -> the arguments, and what the message has to say.
 BAD = {
     "unknown source": (["--data.source=mnits"], ["data.source", "'mnits'", "cifar10, cifar100, digits"]),
@@ -26,8 +29,8 @@ BAD = {
     "unknown weighting": (["--ensemble.weighting=best"], ["ensemble.weighting", "'best'", "greedy", "uniform"]),
     "unfit space": (["--ensemble.weighting=stacking", "--ensemble.space=prob"], ["ensemble.space", "stacking"]),
     "block": (["--data.block=3"], ["data.block", "data.pad", "9x9"]),
-    "hadamard": (["--data.block=[1,3]", "--data.pad=zeros", "--data.transform=hadamard"], ["powers of two", "(1, 3)", "dct, dct2, dft"]),
-    "haar": (["--data.block=[1,3]", "--data.pad=zeros", "--data.transform=haar"], ["powers of two", "(1, 3)", "dct, dct2, dft"]),
+    "hadamard": ([*THREE_PIXELS, "--data.transform=hadamard"], ["powers of two", "(1, 3)", "dct, dct2, dft"]),
+    "haar": ([*THREE_PIXELS, "--data.transform=haar"], ["powers of two", "(1, 3)", "dct, dct2, dft"]),
     "slices": (["--data.slices_per_branch=5"], ["data.slices_per_branch", "1 to 4"]),
     "branches": (["--run.branches=[4]"], ["run.branches", "0 to 3"]),
     "val_size": (["--data.val_size=1.5"], ["data.val_size"]),
@@ -51,7 +54,7 @@ def stl(command: str, root: Path, *args: str, config: str = DIGITS) -> int:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_before_any_training(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_refused_before_any_training(case: str, tmp_path: Path, capfd: Capture) -> None:
     args, said = BAD[case]
     assert stl("run", tmp_path / "runs", *args) == 2
     message = capfd.readouterr().err
@@ -61,7 +64,7 @@ def test_bad_input_is_refused_before_any_training(case: str, tmp_path: Path, cap
     assert not list(tmp_path.glob("runs/*/branches/*/last.ckpt"))
 
 
-def test_more_ranks_than_branches(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_ranks_than_branches(tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = {"TORCHELASTIC_RUN_ID": "x", "RANK": "4", "WORLD_SIZE": "5", "LOCAL_RANK": "4"}
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
@@ -71,13 +74,13 @@ def test_more_ranks_than_branches(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert "4 branches" in message
 
 
-def test_an_unwritable_run_directory(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_run_directory(tmp_path: Path, capfd: Capture) -> None:
     (tmp_path / "file").write_text("in the way")
     assert stl("fit", tmp_path / "file") == 2
     assert "run.root" in capfd.readouterr().err
 
 
-def test_a_run_of_other_settings_names_the_keys(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_other_settings_names_the_keys(tmp_path: Path, capfd: Capture) -> None:
     assert stl("fit", tmp_path, "--run.branches=[0]") == 0
     assert stl("fit", tmp_path, "--data.transform=dft", "--run.branches=[0]") == 2
     message = capfd.readouterr().err
@@ -87,14 +90,14 @@ def test_a_run_of_other_settings_names_the_keys(tmp_path: Path, capfd: pytest.Ca
     assert "model.optimizer.init_args.lr was 0.001 and is now 0.1" in capfd.readouterr().err
 
 
-def test_wandb_that_is_not_installed(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_that_is_not_installed(tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stl_lightning.tracking.find_spec", lambda name: None)
     assert stl("fit", tmp_path, "--tracking.wandb=true") == 2
     assert "pip install 'stl-lightning[wandb]'" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("case", ["labels", "nan"])
-def test_arrays_that_cannot_be_trained_on(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_arrays_that_cannot_be_trained_on(case: str, tmp_path: Path, capfd: Capture) -> None:
     rng = np.random.default_rng(0)
     arrays = {f"{split}_images": rng.random((50, 8, 8), np.float32) for split in ("train", "test")}
     arrays |= {f"{split}_labels": np.arange(50) % 5 for split in ("train", "test")}
@@ -108,12 +111,12 @@ def test_arrays_that_cannot_be_trained_on(case: str, tmp_path: Path, capfd: pyte
     assert ("labels in 0..4" in message and "index 7" in message) if case == "labels" else "NaN" in message
 
 
-def test_an_ensemble_of_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_ensemble_of_nothing(tmp_path: Path, capfd: Capture) -> None:
     assert main(["ensemble", str(tmp_path)]) == 2
     assert "run.json" in capfd.readouterr().err
 
 
-def test_a_partial_ensemble_names_the_missing_and_is_a_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_partial_ensemble_names_the_missing_and_is_a_model(tmp_path: Path, capfd: Capture) -> None:
     assert stl("fit", tmp_path, "--run.branches=[0,2,3]") == 0
     run = RunPaths(tmp_path / "digits")
     run.branch(3).best.write_bytes(b"damaged")
@@ -127,7 +130,7 @@ def test_a_partial_ensemble_names_the_missing_and_is_a_model(tmp_path: Path, cap
     assert results["ensemble"]["accuracy"] > 0.3
 
 
-def test_finished_runs_are_scored_again_and_not_trained_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_finished_runs_are_scored_again_and_not_trained_again(tmp_path: Path, capfd: Capture) -> None:
     assert stl("run", tmp_path) == 0
     assert stl("baseline", tmp_path) == 0
     run = RunPaths(tmp_path / "digits")
@@ -141,7 +144,7 @@ def test_finished_runs_are_scored_again_and_not_trained_again(tmp_path: Path, ca
     assert results["mean"] == pytest.approx(np.mean([row["test"]["accuracy"] for row in results["branches"]]))
 
 
-def test_scoring_commands_print_a_line_a_branch(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_scoring_commands_print_a_line_a_branch(tmp_path: Path, capfd: Capture) -> None:
     assert stl("fit", tmp_path) == 0
     for command, split in {"validate": "val", "test": "test", "predict": "val"}.items():
         capfd.readouterr()
@@ -151,7 +154,7 @@ def test_scoring_commands_print_a_line_a_branch(tmp_path: Path, capfd: pytest.Ca
         assert all(Path(line["logits"]).exists() for line in lines)
 
 
-def test_print_config_is_a_config(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_print_config_is_a_config(tmp_path: Path, capfd: Capture) -> None:
     assert stl("fit", tmp_path, "--data.batch_size=7", "--print_config") == 0
     printed = capfd.readouterr().out
     (tmp_path / "again.yaml").write_text(printed)
@@ -160,13 +163,13 @@ def test_print_config_is_a_config(tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
-def test_help_lists_every_command(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command(args: list[str], capsys: Capture) -> None:
     assert main(args) == 0
     printed = capsys.readouterr().out
     assert all(f"  {name} " in printed for name in COMMANDS)
 
 
-def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_command(capsys: Capture) -> None:
     assert main(["trian"]) == 2
     assert "unknown command 'trian'" in capsys.readouterr().err
 
@@ -180,7 +183,7 @@ def test_help_answers_in_under_half_a_second() -> None:
     assert min(once() for _ in range(3)) < 0.5
 
 
-def test_completion_knows_commands_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_knows_commands_and_settings(capsys: Capture) -> None:
     assert main(["completion", "bash"]) == 0
     script = capsys.readouterr().out
     for word in (*COMMANDS, "--data.transform", "--trainer.max_epochs", "--weighting"):

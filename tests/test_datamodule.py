@@ -174,7 +174,9 @@ def test_files_are_decoded_in_workers_with_the_same_result(tmp_path: Path) -> No
         for label in ("ant", "bee"):
             (tmp_path / split / label).mkdir(parents=True)
             for i in range(6):
-                pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+                pixels = torch.randint(
+                    0, 256, (40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)
+                )
                 Image.fromarray(pixels.numpy()).save(tmp_path / split / label / f"{i}.png")
     settings = {"source": "imagefolder", "root": str(tmp_path), "image_size": 16, "batch_size": 4}
     settings["augment"] = PixelAugment(flip=True, resized_crop=(0.3, 1.0))

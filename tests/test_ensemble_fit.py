@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stl_lightning.ensemble.fit import FittedEnsemble, fit_ensemble
 from stl_lightning.ensemble.metrics import nll
-from stl_lightning.ensemble.pooling import SPACES, fit_temperature, pool
+from stl_lightning.ensemble.pooling import SPACES, calibrated_nll, fit_temperature, pool
 from stl_lightning.ensemble.weighting import WEIGHTINGS
 from stl_lightning.errors import ConfigError, DataError
 
@@ -79,7 +79,7 @@ class TestAuto:
 
     def test_a_single_member_has_weight_one(self) -> None:
         logits, labels = outputs()
-        alone = fit_ensemble(logits[3:], labels, (11,))
+        alone = fit_ensemble(logits[3:, :, [1, 2, 0]], labels, (11,))  # maps would set its classes right
         assert (alone.weights.tolist(), alone.members) == ([1.0], (11,))
 
 
@@ -117,6 +117,21 @@ class TestEveryWeighting:
         numbers = fitted(name).member_weights()
         assert len(numbers) == 4
         assert numbers[3] == max(numbers)  # the most skilled
+
+
+@pytest.mark.parametrize("space", ["log_prob", "prob"])
+def test_scores_and_temperature_are_those_of_held_out_halves(space: str) -> None:
+    logits, labels = outputs()
+    logits = logits.double()
+    ensemble = fit("simplex", space)
+    halves = torch.randperm(300, generator=torch.Generator().manual_seed(0)).chunk(2)
+    predictions = torch.empty(300, 3, dtype=torch.float64)
+    for held, rest in (halves, halves[::-1]):
+        weights = WEIGHTINGS["simplex"](logits[:, rest], labels[rest], space)
+        predictions[held] = pool(logits[:, held], weights, space)
+    assert ensemble.temperature == pytest.approx(fit_temperature(predictions, labels))
+    assert ensemble.cv[0]["nll"] == pytest.approx(calibrated_nll(predictions, labels))
+    assert torch.equal(ensemble.weights, WEIGHTINGS["simplex"](logits, labels, space))
 
 
 def test_losing_all_weight_leaves_equal_shares() -> None:

@@ -154,9 +154,7 @@ class TestMetrics:
         log_probs = normal(100, 4).log_softmax(-1)
         labels = drawn(log_probs.exp())
         one_hot = torch.nn.functional.one_hot(labels, 4)
-        torch.testing.assert_close(
-            brier(log_probs, labels), (log_probs.exp() - one_hot).square().sum(-1).mean()
-        )
+        torch.testing.assert_close(brier(log_probs, labels), (log_probs.exp() - one_hot).square().sum(-1).mean())
         torch.testing.assert_close(nll(log_probs, labels), torch.nn.functional.nll_loss(log_probs, labels))
         hits = sum(int(row.argmax()) == int(label) for row, label in zip(log_probs, labels, strict=True))
         assert accuracy(log_probs, labels) == hits / 100

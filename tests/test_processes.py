@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -70,9 +69,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def torchrun(folder: Path) -> Iterator[Watched]:
+def torchrun(folder: Path) -> Watched:
     (folder / "torchrun").mkdir()
-    yield Watched(folder / "torchrun")
+    return Watched(folder / "torchrun")
 
 
 @pytest.fixture(scope="module")

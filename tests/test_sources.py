@@ -17,7 +17,8 @@ from torchvision.transforms import functional as reference
 
 from stl_lightning.augment import BOX, FLIP, PixelAugment, box_draws, resized_crop_box, uniform
 from stl_lightning.errors import ConfigError, DataError
-from stl_lightning.sources import SOURCES, ImageArray, ImageFiles, Source, open_source
+from stl_lightning.images import ImageArray, ImageFiles
+from stl_lightning.sources import SOURCES, Source, open_source
 
 N_TRAIN, N_TEST, SIZE = 24, 10, 32
 
@@ -65,6 +66,17 @@ def write_folders(root: Path, n_classes: int = 3, test: str = "val") -> None:
                 Image.fromarray(pixels).resize((width, height)).save(folder / f"{i}.jpg")
 
 
+def write_npz(path: Path) -> None:
+    random = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", N_TRAIN), ("test", N_TEST)):
+        arrays[f"{split}_images"] = random.integers(0, 256, (n, 12, 10, 3), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.arange(n)[:, None] % 3  # MedMNIST's labels are a column
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory) -> Path:
     """1000 classes with one photograph each, all of them one file."""
@@ -88,6 +100,7 @@ def opened(tmp_path, monkeypatch, imagenet):
             "cifar10": lambda: write_cifar(root, torchvision.datasets.CIFAR10, monkeypatch),
             "cifar100": lambda: write_cifar(root, torchvision.datasets.CIFAR100, monkeypatch),
             "imagefolder": lambda: write_folders(root),
+            "npz": lambda: write_npz(root),
             "imagenet": lambda: (root.parent.mkdir(exist_ok=True), root.symlink_to(imagenet)),
         }
         write[name]()
@@ -237,7 +250,8 @@ def test_a_damaged_image_is_named(tmp_path, damage):
 def test_missing_data_are_reported_with_the_folder_and_the_cure(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     size = 8 if "image_size" in SOURCES[name].takes else None
-    cure = "data.download=true" if "download" in SOURCES[name].takes else "train/CLASS"
+    layout = "train_images" if name == "npz" else "train/CLASS"
+    cure = "data.download=true" if "download" in SOURCES[name].takes else layout
     with pytest.raises(DataError, match=rf"{tmp_path}/nowhere.*data\.root.*{cure}"):
         open_source(name, "nowhere", image_size=size)
 
@@ -326,17 +340,13 @@ def test_simultaneous_downloads_happen_once(tmp_path, monkeypatch):
 
     def download(self) -> None:
         downloads.append(threading.get_ident())
-        write_idx(
-            Path(self.raw_folder) / "train-images-idx3-ubyte", np.zeros((0, 28, 28))
-        )  # exists, not complete
+        write_idx(Path(self.raw_folder) / "train-images-idx3-ubyte", np.zeros((0, 28, 28)))  # exists, not complete
         write_mnist(Path(self.root))
 
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
     marks: list[str] = []
     threads = [
-        threading.Thread(
-            target=lambda: marks.append(open_source("mnist", tmp_path, download=True).fingerprint)
-        )
+        threading.Thread(target=lambda: marks.append(open_source("mnist", tmp_path, download=True).fingerprint))
         for _ in range(6)
     ]
     for thread in threads:
@@ -355,3 +365,29 @@ def test_a_failed_download_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.MNIST, "download", download)
     with pytest.raises(DataError, match=f"(?s)no network.*{tmp_path}/MNIST/raw"):
         open_source("mnist", tmp_path, download=True)
+
+
+def test_arrays_keep_their_values_and_channels_come_first(tmp_path):
+    images = np.random.default_rng(0).random((5, 4, 6, 3), np.float32)
+    arrays = {f"{split}_images": images for split in ("train", "test")}
+    np.savez(tmp_path / "own.npz", **arrays, train_labels=np.arange(5), test_labels=np.arange(5))
+    source = open_source("npz", tmp_path / "own.npz")
+    assert source.image_shape == (3, 4, 6)
+    assert torch.equal(source.load("train").pixels, torch.from_numpy(images.transpose(0, 3, 1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test_labels": None}, "without test_labels"),
+        ({"test_images": np.zeros((5, 4), np.uint8)}, r"received uint8 \(1, 4\)"),
+        ({"test_images": np.zeros((5, 4, 4), np.int64)}, "int64"),
+        ({"test_labels": np.array([{}] * 5)}, "cannot be read"),
+    ],
+)
+def test_arrays_of_another_layout_are_refused(change, message, tmp_path):
+    images, labels = np.zeros((5, 4, 4), np.uint8), np.arange(5)
+    arrays = {"train_images": images, "test_images": images, "train_labels": labels, "test_labels": labels}
+    np.savez(tmp_path / "own.npz", **{name: a for name, a in (arrays | change).items() if a is not None})
+    with pytest.raises(DataError, match=message):
+        open_source("npz", tmp_path / "own.npz")

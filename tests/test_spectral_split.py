@@ -140,8 +140,7 @@ def test_memory_layout_autocast_and_gradients_change_nothing():
         assert torch.equal(split(images)[4], split.eval()(images)[4])
     images.requires_grad_()
     gradients = [
-        torch.autograd.grad(part.square().sum(), images)[0]
-        for part in (split.slice(images, 4), split(images)[4])
+        torch.autograd.grad(part.square().sum(), images)[0] for part in (split.slice(images, 4), split(images)[4])
     ]
     same(*gradients)
     assert split.inverse(split(images[:0])).shape == (0, 3, 8, 12)

@@ -14,7 +14,13 @@ from stl_lightning.strategy import AloneEnvironment, IndependentStrategy, alone,
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 LAUNCHERS = {
     "torchrun": {"TORCHELASTIC_RUN_ID": "x", "RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "GROUP_RANK": "0"},
-    "srun": {"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "2", "SLURM_JOB_NAME": "x", "SLURM_STEP_ID": "0"},
+    "srun": {
+        "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "2",
+        "SLURM_LOCALID": "2",
+        "SLURM_JOB_NAME": "x",
+        "SLURM_STEP_ID": "0",
+    },
 }
 
 

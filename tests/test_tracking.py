@@ -1,4 +1,4 @@
-"""Real files of the loggers: CSV always, TensorBoard and W&B (offline) by option, continued by a branch that resumes."""
+"""Real files of the loggers: CSV always, TensorBoard and offline W&B by option, continued after a resume."""
 
 import csv
 import os

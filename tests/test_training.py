@@ -1,5 +1,6 @@
 """One branch in training: exact resume, isolation of seeds, failure of one branch, the run directory."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,7 @@ def make_job(root: Path, branch: int = 0, seed: int = 0, config: str = "a: 1", *
         lr_interval="step",
     )
     options = RunOptions(checkpoint_every_n_steps=5)
-    return BranchJob(
-        claim_run(paths, data.agreement()), data, module, trainer, config, options, TrackingOptions()
-    )
+    return BranchJob(claim_run(paths, data.agreement()), data, module, trainer, config, options, TrackingOptions())
 
 
 def weights(job: BranchJob) -> dict[str, Tensor]:
@@ -82,7 +81,9 @@ def test_a_run_that_died_resumes_to_the_same_bits(tmp_path: Path, step: int) -> 
     assert_same(weights(undisturbed), weights(again))
     best = [load_checkpoint(job.paths.best)["state_dict"] for job in (undisturbed, again)]
     assert_same(*best)
-    rows = [[line.split(",")[:7] for line in job.paths.metrics.read_text().splitlines()] for job in (undisturbed, again)]
+    rows = [
+        [line.split(",")[:7] for line in job.paths.metrics.read_text().splitlines()] for job in (undisturbed, again)
+    ]
     assert rows[0] == rows[1]
     assert read_status(again.paths, 0).attempt == 2
 
@@ -155,6 +156,8 @@ def identity(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 DAMAGES = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:1000]), "truncated or damaged"),
     "empty": (lambda path: path.write_bytes(b""), "truncated or damaged"),
+    "text": (lambda path: path.write_text("not a checkpoint"), "no checkpoint"),
+    "raw pickle": (lambda path: path.write_bytes(pickle.dumps(Payload())), "would execute code"),
     "executes": (forge(lambda checkpoint: checkpoint | {"x": Payload()}), "would execute code"),
     "other branch": (forge(identity(branch=3)), "branch is 3, expected 0"),
     "other run": (forge(identity(run="ffffffff")), "run is 'ffffffff'"),

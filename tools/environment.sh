@@ -24,7 +24,7 @@ make_environment() {
     wanted=$(cat "$CHECKOUT/pyproject.toml" "$CHECKOUT/tools/constraints.txt" <(echo "$1 $CHECKOUT") | cksum)
     if [ "$(cat "$venv/installed" 2>/dev/null)" != "$wanted" ]; then
         [ -x "$venv/bin/uv" ] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
-        "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" \
+        "$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" \
             --constraint "$CHECKOUT/tools/constraints.txt" --editable "$CHECKOUT$1"
         echo "$wanted" >"$venv/installed"
     fi

@@ -12,12 +12,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stl_lightning.augment import PixelAugment
 from stl_lightning.datamodule import SpectralDataModule
+from stl_lightning.ensemble.fit import find_candidates
 from stl_lightning.ensemble.options import EnsembleOptions
 from stl_lightning.errors import ConfigError, RunError
 from stl_lightning.module import BranchModule, NetworkFactory
 from stl_lightning.paths import RunPaths
 from stl_lightning.ranks import RankInfo
 from stl_lightning.run import Run, RunOptions, claim_run
+from stl_lightning.strategy import pick_device
 from stl_lightning.tracking import TrackingOptions
 from stl_lightning.training import BranchJob, check_trainer_settings
 
@@ -88,11 +90,22 @@ class SpectralCLI(LightningCLI):
             self._data = SpectralDataModule(**settings | {"augment": PixelAugment(**settings["augment"])})
         return self._data
 
-    def claim(self) -> Run:
-        """Open the run directory for this config, after checking everything that can be checked before training."""
+    def check(self) -> None:
+        """Everything that can be found wrong before a file is written or an image is read.
+
+        Raises: ConfigError, also from the constructors of the network and the optimiser.
+        """
         check_trainer_settings(dict(self.config.trainer))
-        tracking = self.tracking
-        assert tracking is not None, "constructing the options checks them"
+        pick_device(self.config.trainer.accelerator, local_rank=0)
+        built = self.parser.instantiate(self.config)  # constructs the options, which check themselves
+        ensemble = self.ensemble_options
+        find_candidates(ensemble.weighting, ensemble.space, self.data.n_branches, self.data.n_classes)
+        module = built.model.build(self.data.in_shape, self.data.n_classes, self.data.seed, self.data.branch)
+        module.configure_optimizers()
+
+    def claim(self) -> Run:
+        """Open the run directory for this config, if nothing is wrong with it."""
+        self.check()
         return claim_run(self.options.paths, self.data.agreement())
 
     def owned_branches(self) -> tuple[int, ...]:

@@ -10,15 +10,17 @@ from stl_lightning.ensemble.options import EnsembleOptions
 from stl_lightning.paths import RunPaths
 
 if TYPE_CHECKING:
+    from stl_lightning.ensemble.model import SpectralEnsemble
     from stl_lightning.run import Run
 
 
 def ensemble_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="stl ensemble", description="Combine the finished branches of a run; score the test set.")
+    description = "Combine the finished branches of a run and score them on the test set."
+    parser = ArgumentParser(prog="stl ensemble", description=description)
     parser.add_argument("run", type=str, help="run directory, such as runs/digits")
-    parser.add_argument("--weighting", type=str | None, help="how members are weighted (default: as the run's config says)")
+    parser.add_argument("--weighting", type=str | None, help="how members are weighted (default: as the run's config)")
     parser.add_argument("--space", type=str | None, help="logits, log_prob, prob or auto (default: likewise)")
-    parser.add_argument("--n_folds", type=int | None, help="folds of the cross-validation behind auto (default: likewise)")
+    parser.add_argument("--n_folds", type=int | None, help="folds of the search behind auto (default: likewise)")
     return parser
 
 
@@ -35,6 +37,19 @@ def ensemble(args: list[str]) -> int:
     options = replace(cli.ensemble_options, **{name: value for name, value in asked.items() if value is not None})
     combine(run, options)
     return 0
+
+
+def load_ensemble(run: str | Path) -> "SpectralEnsemble":
+    """The trained ensemble of a run that `stl ensemble` or `stl run` has evaluated, as one module.
+
+    Raises: RunError or CheckpointError if something of it cannot be read.
+    """
+    from stl_lightning.cli.config import jobs_of_run
+    from stl_lightning.ensemble.model import build_ensemble, load_fitted
+    from stl_lightning.run import open_run
+
+    opened = open_run(RunPaths(Path(run)))
+    return build_ensemble(jobs_of_run(opened), load_fitted(opened.paths.fitted))
 
 
 def combine(run: "Run", options: EnsembleOptions) -> None:

@@ -35,6 +35,7 @@ def run(args: list[str]) -> int:
 def baseline(args: list[str]) -> int:
     """Train the conventional network on the whole image, into the folder `baseline` of the run."""
     cli = SpectralCLI(args, "baseline", "Train the conventional network on the whole image.").as_baseline()
+    cli.check()
     claimed = claim_run(cli.options.paths.baseline, cli.data.agreement())
     return exit_code(train_all([cli.job(claimed, 0)]))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from stl_lightning.ensemble import metrics
 from stl_lightning.ensemble.fit import FittedEnsemble, fit_ensemble
 from stl_lightning.ensemble.members import Outputs, branch_outputs
+from stl_lightning.ensemble.model import save_fitted
 from stl_lightning.ensemble.options import EnsembleOptions
 from stl_lightning.errors import CheckpointError, RunError
 from stl_lightning.paths import write_json
@@ -66,6 +67,7 @@ def evaluate(
         "disagreement": metrics.disagreement(test.logits).tolist(),
         "branches": rows,
     }
+    save_fitted(ensemble, run.paths.fitted)
     write_json(run.paths.results, results)
     return Evaluation(results, ensemble)
 

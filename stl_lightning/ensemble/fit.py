@@ -100,7 +100,7 @@ def fit_ensemble(
     Raises ConfigError for unknown or unfit settings and DataError for unfit logits or labels.
     """
     _check(logits, labels, members, n_folds)
-    candidates = _candidates(weighting, space, len(members), logits.shape[-1])
+    candidates = find_candidates(weighting, space, len(members), logits.shape[-1])
     logits = logits.double()
     folds = _folds(len(labels), n_folds, seed, labels.device)
     predictions = _cross_predict(logits, labels, candidates, folds)
@@ -117,7 +117,7 @@ def fit_ensemble(
     )
 
 
-def _candidates(weighting: str, space: str, n_members: int, n_classes: int) -> list[Candidate]:
+def find_candidates(weighting: str, space: str, n_members: int, n_classes: int) -> list[Candidate]:
     """The pairs to try, the simplest first; one pair if neither setting is `auto`."""
     if weighting not in (AUTO, *WEIGHTINGS):
         raise unknown("ensemble.weighting", weighting, [AUTO, *WEIGHTINGS])
@@ -135,9 +135,7 @@ def _candidates(weighting: str, space: str, n_members: int, n_classes: int) -> l
 def _searched(n_members: int, n_classes: int) -> list[str]:
     """The weightings that `auto` tries."""
     names = [
-        name
-        for name, row in WEIGHTINGS.items()
-        if n_members * n_classes ** (row.axes - 1) <= MAX_SEARCHED_WEIGHTS
+        name for name, row in WEIGHTINGS.items() if n_members * n_classes ** (row.axes - 1) <= MAX_SEARCHED_WEIGHTS
     ]
     return names if n_members > 1 else names[:1]  # one member has nothing to be weighed against
 

@@ -82,14 +82,16 @@ def minimise_on_simplex(objective: PooledNLL, start: Tensor) -> Tensor:
     Members that are copies of one another share their weight equally. Source: primal-dual interior point,
     Boyd & Vandenberghe 2004, section 11.7, with a line search on the barrier function.
     """
-    weights, duals = start, torch.ones_like(start)
+    weights, duals, barrier = start, torch.ones_like(start), 1.0
     for _ in range(MAX_STEPS):
         value, gradient, hessian = objective.derivatives(weights)
         gap = optimality_gap(weights, gradient)
         if gap <= TOLERANCE_NATS:
             break
-        barrier = 0.1 * gap / len(weights)  # its solution has about a tenth of the gap
         step = _newton_step(weights, duals, gradient, hessian, barrier)
+        if -(gradient - barrier / weights) @ step <= barrier:  # near the minimum for this barrier
+            barrier *= 0.1
+            step = _newton_step(weights, duals, gradient, hessian, barrier)
         dual_step = (barrier - duals * step) / weights - duals
         duals = duals + _stride(duals, dual_step) * dual_step
         weights = _line_search(objective, weights, step, value, gradient, barrier)

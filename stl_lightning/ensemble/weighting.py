@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from stl_lightning.ensemble.metrics import accuracy, nll
-from stl_lightning.ensemble.pooling import SPACES, T_MIN, calibrated_nll, combine
+from stl_lightning.ensemble.pooling import SPACES, calibrated_nll, combine, fit_temperature
 from stl_lightning.ensemble.ridge import AFFINE_MAPS, CLASS_WEIGHTS, shrunk_weights
 from stl_lightning.ensemble.simplex import LogLinearNLL, minimise_on_simplex, pooled_nll
 
 GEOMETRIC_P = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 GREEDY_PICKS = 50
+SHARPER = 10.0  # than uniform weights at their best temperature: a limit that separable samples need
 
 
 def uniform(logits: Tensor, labels: Tensor, space: str) -> Tensor:
@@ -79,13 +80,15 @@ def simplex(logits: Tensor, labels: Tensor, space: str) -> Tensor:
 def nonnegative(logits: Tensor, labels: Tensor, space: str) -> Tensor:
     """Like `simplex` for the NLL after the best temperature: found together, which is still convex.
 
-    Weights v of any sum up to 1 / T_MIN are points of a simplex: of the members sharpened by 1 / T_MIN and
-    one more that knows nothing. The sum of v is the inverse temperature; it is fitted again after pooling.
+    Weights v of any sum up to s are points of a simplex: of the members sharpened by s and one more that knows
+    nothing. The sum of v is the inverse temperature; it is fitted again after pooling.
     """
-    outputs = SPACES[space].encode(logits)
+    row, equal = SPACES[space], uniform(logits, labels, space)
+    outputs = row.encode(logits)
+    sharpest = SHARPER / fit_temperature(row.decode(combine(outputs, equal)), labels)
     know_nothing = torch.zeros_like(outputs[:1])
-    objective = LogLinearNLL(torch.cat([outputs / T_MIN, know_nothing]), labels)
-    start = torch.cat([uniform(logits, labels, space) * T_MIN, logits.new_tensor([1 - T_MIN])])
+    objective = LogLinearNLL(torch.cat([sharpest * outputs, know_nothing]), labels)
+    start = torch.cat([equal / SHARPER, logits.new_tensor([1 - 1 / SHARPER])])
     weights = minimise_on_simplex(objective, start)[:-1]
     return weights / weights.sum() if weights.any() else uniform(logits, labels, space)
 

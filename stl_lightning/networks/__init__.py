@@ -7,8 +7,8 @@ object is built, and from nothing else: a caller that forks and seeds the genera
 Letters: n samples, c channels, h w space, k classes.
 """
 
-from .convnet import ConvNet
-from .mlp import MLP
-from .resnet import ResNet
+from stl_lightning.networks.convnet import ConvNet
+from stl_lightning.networks.mlp import MLP
+from stl_lightning.networks.resnet import ResNet
 
 __all__ = ["MLP", "ConvNet", "ResNet"]

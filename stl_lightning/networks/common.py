@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..errors import ConfigError
+from stl_lightning.errors import ConfigError
 
 
 def option_error(option: str, expected: str, received: object) -> ConfigError:
@@ -33,6 +33,4 @@ def init_weights(network: nn.Module) -> None:
 
 def pooled_head(n_channels: int, n_classes: int, dropout: float) -> nn.Sequential:
     """Global average pool, dropout, linear layer: (n, n_channels, h, w) -> logits (n, n_classes)."""
-    return nn.Sequential(
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(n_channels, n_classes)
-    )
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(n_channels, n_classes))

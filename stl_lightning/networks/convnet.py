@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from .common import check_dropout, init_weights, option_error, pooled_head
+from stl_lightning.networks.common import check_dropout, init_weights, option_error, pooled_head
 
 Width = int | Literal["P"]
 TEN_CONVOLUTIONS: tuple[Width, ...] = (64, 64, 64, "P", 128, 128, 128, "P", 256, 256, 256, 256)

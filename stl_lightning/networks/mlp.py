@@ -5,7 +5,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from .common import check_dropout, init_weights, option_error
+from stl_lightning.networks.common import check_dropout, init_weights, option_error
 
 
 class MLP(nn.Module):

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from ..errors import unknown
-from .common import check_dropout, init_weights, option_error, pooled_head
+from stl_lightning.errors import unknown
+from stl_lightning.networks.common import check_dropout, init_weights, option_error, pooled_head
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # He et al. 2016, table 1
 
@@ -100,9 +100,7 @@ def _stage(n_in: int, n_out: int, n_blocks: int) -> nn.Sequential:
 def _blocks(depth: int | Sequence[int]) -> tuple[int, ...]:
     blocks: Sequence[int] = DEPTHS.get(depth, ()) if isinstance(depth, int) else depth
     if not blocks or min(blocks) < 1:
-        raise option_error(
-            "depth", f"one of {sorted(DEPTHS)} or the blocks of each stage, such as [2, 2]", depth
-        )
+        raise option_error("depth", f"one of {sorted(DEPTHS)} or the blocks of each stage, such as [2, 2]", depth)
     return tuple(blocks)
 
 

@@ -89,9 +89,7 @@ class SpectralSplit(nn.Module):
         batches = images.detach().split(FIT_BATCH)
         covariance = tube_covariance(self._tubes(batch) for batch in batches)
         if not covariance.isfinite().all():
-            raise DataError(
-                f"data.transform={self.transform}: expected at least one image, all finite, to fit on"
-            )
+            raise DataError(f"data.transform={self.transform}: expected at least one image, all finite, to fit on")
         self.matrix.copy_(learn(covariance))
         self.is_fitted = True
         return self
