@@ -5,6 +5,7 @@ import io
 import netrc
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,6 +106,13 @@ def branch_loggers(
     return loggers
 
 
+def close(loggers: Sequence[Logger]) -> None:
+    """End the W&B run of a branch: the next branch of this process could not begin one of its own otherwise."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+
+
 def wandb_logger(
     options: TrackingOptions, folder: Path, run_name: str, run_id: str, name: str, job_type: str
 ) -> WandbLogger:
@@ -129,7 +137,7 @@ def log_ensemble(options: TrackingOptions, run: Run, run_name: str, results: dic
     numbers = {f"test/{name}": value for name, value in results["ensemble"].items()}
     logger.log_metrics(numbers | {"test/mean": results["mean"], "test/highest": results["highest"]})
     logger.experiment.config.update({key: results[key] for key in ("weighting", "space", "temperature", "members")})
-    logger.experiment.finish()
+    close([logger])
 
 
 def _wandb_is_offline(options: TrackingOptions) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import yaml
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
 
 from stl_lightning.checkpoint import LastCheckpoint, best_checkpoint, load_checkpoint
 from stl_lightning.datamodule import SpectralDataModule
@@ -16,7 +17,7 @@ from stl_lightning.paths import BranchPaths, write_atomically
 from stl_lightning.run import Run, RunOptions, different_keys
 from stl_lightning.status import Status, StatusWriter, read_status, write_status
 from stl_lightning.strategy import alone
-from stl_lightning.tracking import TrackingOptions, branch_loggers
+from stl_lightning.tracking import TrackingOptions, branch_loggers, close
 
 Outcome = Literal["finished", "skipped", "failed"]
 
@@ -106,8 +107,9 @@ def train_branch(job: BranchJob) -> Outcome:
 
 
 def _fit(job: BranchJob, status: Status, resume_from: Any) -> Outcome:
+    loggers = branch_loggers(job.tracking, job.paths, job.options.name, job.run.id, job.branch)
     try:
-        trainer = _training_trainer(job, status)
+        trainer = _training_trainer(job, status, loggers)
         trainer.fit(job.module, datamodule=job.data, ckpt_path=resume_from, weights_only=True)
         if not job.paths.best.exists():  # trainer.max_steps ended it before the first validation
             trainer.save_checkpoint(job.paths.best, weights_only=True)
@@ -121,14 +123,14 @@ def _fit(job: BranchJob, status: Status, resume_from: Any) -> Outcome:
         # A fault of this branch (its network, the machine's memory) must not take the branches after it down.
         status.state, status.error = "failed", traceback.format_exc()
     finally:
+        close(loggers)
         write_status(job.paths, status)
     return "finished" if status.state == "finished" else "failed"
 
 
-def _training_trainer(job: BranchJob, status: Status) -> Trainer:
+def _training_trainer(job: BranchJob, status: Status, loggers: list[Logger]) -> Trainer:
     # Dropout masks must not be shared between branches, whatever the network's construction consumed.
     seed_everything(branch_seed(job.data.seed, job.branch), verbose=False)
-    loggers = branch_loggers(job.tracking, job.paths, job.options.name, job.run.id, job.branch)
     callbacks = [
         StatusWriter(job.paths, status),
         best_checkpoint(job.paths, job.options.monitor),

@@ -211,3 +211,19 @@ class TestRefusals:
     def test_a_subset_of_strangers(self, members: tuple[int, ...]) -> None:
         with pytest.raises(DataError, match="expected some of"):
             fitted().subset(members)
+
+
+class TestManyValues:
+    """A data set of many classes: bounded memory, same predictions."""
+
+    def test_predictions_do_not_depend_on_the_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        logits, _ = outputs()
+        whole = fitted().log_probs(logits)
+        monkeypatch.setattr("stl_lightning.ensemble.fit.MAX_VALUES", 100)
+        torch.testing.assert_close(fitted().log_probs(logits), whole)
+
+    def test_the_first_samples_are_fitted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        logits, labels = outputs()
+        few = fit_ensemble(logits[:, :150], labels[:150], MEMBERS, "simplex", "log_prob", 2)
+        monkeypatch.setattr("stl_lightning.ensemble.fit.MAX_VALUES", 150 * 4 * 3)
+        assert torch.equal(fit_ensemble(logits, labels, MEMBERS, "simplex", "log_prob", 2).weights, few.weights)

@@ -41,14 +41,14 @@ def test_wandb_runs_are_grouped_and_resume_under_one_id(tmp_path: Path, monkeypa
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     options = TrackingOptions(wandb=True)
-    for callbacks in ([DieAt(15)], []):
-        job = make_job(tmp_path / "run", trainer={"callbacks": callbacks})
+    for branch, callbacks in ((0, [DieAt(15)]), (0, []), (1, [])):
+        job = make_job(tmp_path / "run", branch, trainer={"callbacks": callbacks})
         job.tracking = options
         train_branch(job)
-        _finish_wandb()
     log_ensemble(options, job.run, "name", {"ensemble": {"accuracy": 0.9}, "mean": 0.8, "highest": 0.85} | RESULTS)
     runs = sorted(path.name for path in tmp_path.glob("run/**/offline-run-*") if path.is_dir())
-    assert [name.split("-", 3)[3] for name in runs] == [f"{job.run.id}-b00"] * 2 + [f"{job.run.id}-ensemble"]
+    names = [name.split("-", 3)[3].removeprefix(f"{job.run.id}-") for name in runs]
+    assert names == ["b00", "b00", "b01", "ensemble"]
     for folder in tmp_path.glob("run/branches/00/wandb/offline-run-*"):
         (file,) = folder.glob("*.wandb")
         written = file.read_bytes()
@@ -57,12 +57,6 @@ def test_wandb_runs_are_grouped_and_resume_under_one_id(tmp_path: Path, monkeypa
 
 
 RESULTS = {"weighting": "simplex", "space": "logits", "temperature": 1.0, "members": [0]}
-
-
-def _finish_wandb() -> None:
-    import wandb
-
-    wandb.finish()
 
 
 def test_offline_unless_a_key_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
