@@ -68,5 +68,5 @@ class StatusWriter(Callback):
     def _write(self, trainer: Trainer) -> None:
         self.status.epoch, self.status.step = trainer.current_epoch, trainer.global_step
         loss = trainer.callback_metrics.get("val/loss")
-        self.status.loss = None if loss is None else float(loss)
+        self.status.loss = float(loss) if loss is not None and loss.isfinite() else None
         write_status(self.paths, self.status)

@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 
-from stl_lightning.checkpoint import LastCheckpoint, best_checkpoint, load_checkpoint
+from stl_lightning.checkpoint import AtomicCheckpointIO, LastCheckpoint, best_checkpoint, load_checkpoint
 from stl_lightning.datamodule import SpectralDataModule
 from stl_lightning.errors import ConfigError, RunError, STLError
 from stl_lightning.module import BranchModule, branch_seed
@@ -61,7 +61,7 @@ class BranchJob:
         """A Trainer for this branch alone."""
         settings = check_trainer_settings(self.trainer_settings)
         independent = alone(settings.pop("accelerator", "auto"), self.local_rank)
-        independent["plugins"] += settings.pop("plugins", None) or []
+        independent["plugins"] += [AtomicCheckpointIO(), *(settings.pop("plugins", None) or [])]
         callbacks = (settings.pop("callbacks", None) or []) + extra.pop("callbacks", [])
         defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0, "default_root_dir": self.paths.folder}
         settings = {key: value for key, value in settings.items() if value is not None}

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from test_training import DieAt, make_job
+from test_training import die_at, make_job
 
 from stl_lightning.paths import RunPaths
 from stl_lightning.tracking import MetricsCSV, TrackingOptions, _wandb_is_offline, branch_loggers, log_ensemble
@@ -41,7 +41,7 @@ def test_wandb_runs_are_grouped_and_resume_under_one_id(tmp_path: Path, monkeypa
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     options = TrackingOptions(wandb=True)
-    for branch, callbacks in ((0, [DieAt(15)]), (0, []), (1, [])):
+    for branch, callbacks in ((0, [die_at(15)]), (0, []), (1, [])):
         job = make_job(tmp_path / "run", branch, trainer={"callbacks": callbacks})
         job.tracking = options
         train_branch(job)

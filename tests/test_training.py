@@ -26,15 +26,24 @@ class Dropped(Exception):
     """Stands for the death of the process: nothing after it is run or saved."""
 
 
-class DieAt(Callback):
-    """Raises at the end of a given step, after the checkpoints of that step were written."""
+class CallAt(Callback):
+    """Calls a function before a given step, after the checkpoints of the step before it were written."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, function: Callable[[], None]) -> None:
         self.step = step
+        self.function = function
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step:
-            raise Dropped
+            self.function()
+
+
+def die() -> None:
+    raise Dropped
+
+
+def die_at(step: int) -> CallAt:
+    return CallAt(step, die)
 
 
 def noisy_mlp(in_shape: tuple[int, int, int], n_classes: int) -> nn.Module:
@@ -73,7 +82,7 @@ def test_a_run_that_died_resumes_to_the_same_bits(tmp_path: Path, step: int) -> 
     undisturbed = make_job(tmp_path / "undisturbed")
     assert train_branch(undisturbed) == "finished"
 
-    killed = make_job(tmp_path / "killed", trainer={"callbacks": [DieAt(step)]})
+    killed = make_job(tmp_path / "killed", trainer={"callbacks": [die_at(step)]})
     assert train_branch(killed) == "failed"
     again = make_job(tmp_path / "killed")
     assert train_branch(again) == "finished"
@@ -168,7 +177,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_bad_checkpoint_is_refused_before_training(tmp_path: Path, damage: str, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    first = make_job(tmp_path / "run", trainer={"callbacks": [DieAt(13)]})
+    first = make_job(tmp_path / "run", trainer={"callbacks": [die_at(13)]})
     train_branch(first)
     apply, message = DAMAGES[damage]
     apply(first.paths.last)
@@ -193,10 +202,34 @@ def test_a_plateau_schedule_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_branch_refuses_data_it_was_not_trained_on(tmp_path: Path) -> None:
-    first = make_job(tmp_path, trainer={"callbacks": [DieAt(13)]})
+    first = make_job(tmp_path, trainer={"callbacks": [die_at(13)]})
     train_branch(first)
     again = make_job(tmp_path)
     again.data.setup()
     again.data._statistics = (again.data._statistics[0] + 1.0, again.data._statistics[1])
     assert train_branch(again) == "failed"
     assert "data.root" in read_status(again.paths, 0).error
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fills up in mid-epoch: the branch fails by name, and what was saved before still resumes."""
+    undisturbed = make_job(tmp_path / "undisturbed")
+    train_branch(undisturbed)
+
+    def full_disk(checkpoint: dict[str, Any], file: Any) -> None:
+        file.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    job = make_job(
+        tmp_path / "full",
+        trainer={"max_epochs": 3, "callbacks": [CallAt(17, lambda: monkeypatch.setattr(torch, "save", full_disk))]},
+    )
+    assert train_branch(job) == "failed"
+    monkeypatch.undo()
+    assert "No space left on device" in read_status(job.paths, 0).error
+    assert not list(job.paths.folder.glob(".*"))
+    again = make_job(tmp_path / "full")
+    assert train_branch(again) == "finished"
+    assert_same(weights(undisturbed), weights(again))

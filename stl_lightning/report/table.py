@@ -2,25 +2,30 @@
 
 from typing import Any
 
+from rich.box import HEAVY_HEAD, MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
 
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:
-    """Print the tables; without boxes and colours when the output is not a terminal."""
-    console = console or Console(width=None)
+    """Print the tables; as plain Markdown when the output is not a terminal."""
+    console = console or Console()
     for table in (branch_table(results), summary_table(results)):
+        table.box = HEAVY_HEAD if console.is_terminal else MARKDOWN
         console.print(table)
-    console.print(
+    for line in _remarks(results):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _remarks(results: dict[str, Any]) -> list[str]:
+    lines = [
         f"weights: {results['weighting']} on {results['space']}, fitted on the validation split; "
-        f"temperature {results['temperature']:.3f}; {results['n_test']} test images",
-        highlight=False,
-    )
-    for branch, reason in results["unreadable"].items():
-        console.print(f"branch {branch} is left out: {reason}", highlight=False)
+        f"temperature {results['temperature']:.3f}; {results['n_test']} test images"
+    ]
+    lines += [f"branch {branch} is left out: {reason}" for branch, reason in results["unreadable"].items()]
     if results["missing"]:
-        listed = ", ".join(map(str, results["missing"]))
-        console.print(f"PARTIAL ENSEMBLE: branches missing: {listed}", style="bold", highlight=False)
+        lines.append(f"PARTIAL ENSEMBLE: branches missing: {', '.join(map(str, results['missing']))}")
+    return lines
 
 
 def summary_table(results: dict[str, Any]) -> Table:
