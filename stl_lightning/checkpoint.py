@@ -1,6 +1,7 @@
 """Checkpoints of a branch: written whole or not at all, read without executing them, resumed to the bit."""
 
 import hashlib
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from stl_lightning.errors import CheckpointError
 from stl_lightning.module import IDENTITY
@@ -40,7 +42,9 @@ def load_checkpoint(path: Path, identity: dict[str, Any] | None = None) -> dict[
             f"refused to load {path}: it holds objects that would execute code when loaded, or is no checkpoint. "
             "Delete it to train the branch again"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read {path}: it is truncated or damaged. Delete it to train again") from error
     if identity is not None:
         _check_identity(checkpoint, identity, path)
@@ -74,15 +78,19 @@ class LastCheckpoint(Checkpoint):
         self.paths = paths
         self.every_n_steps = every_n_steps
         self._rng: dict[str, Any] | None = None
+        self._step = 0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._step = trainer.global_step
         if self._rng is not None:
-            _restore_rng(self._rng)
+            _restore_rng(self._rng, module.device)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        at_step = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        # Between the batches of one accumulated step there are gradients, which no checkpoint holds.
+        has_stepped, self._step = trainer.global_step > self._step, trainer.global_step
+        is_due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         # The end of an epoch has its own checkpoint, after validation.
-        if at_step and not trainer.is_last_batch:
+        if has_stepped and is_due and not trainer.is_last_batch:
             self._save(trainer, module)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -93,26 +101,45 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.paths.last)
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rng"] = _rng_state()
+        checkpoint["rng"] = _rng_state(module.device)
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._rng = checkpoint["rng"]
 
 
-def best_checkpoint(paths: BranchPaths, monitor: str) -> ModelCheckpoint:
-    """Keeps `best.ckpt`, the weights with the best value of `monitor` on the validation split."""
-    mode = "max" if monitor.endswith("acc") else "min"
-    return ModelCheckpoint(
-        paths.folder, paths.best.stem, monitor=monitor, mode=mode, enable_version_counter=False, save_weights_only=True
-    )
+class BestCheckpoint(Checkpoint):
+    """Keeps `best.ckpt`, the weights with the best value of `monitor` on the validation split; the first of equals.
+
+    Lightning's ModelCheckpoint forgets the best value when the run directory has been moved, and overwrites the file.
+    """
+
+    def __init__(self, paths: BranchPaths, monitor: str) -> None:
+        self.paths = paths
+        self.monitor = monitor
+        self.sign = 1 if monitor.endswith("acc") else -1
+        self.best = -math.inf
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        value = self.sign * float(trainer.callback_metrics[self.monitor])
+        if value > self.best:  # never true of NaN
+            self.best = value
+            module.stop_if_diverged()  # type: ignore[operator]
+            trainer.save_checkpoint(self.paths.best, weights_only=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
 
 
-def _rng_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+def _rng_state(device: torch.device) -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
-def _restore_rng(state: dict[str, Any]) -> None:
+def _restore_rng(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,6 +1,6 @@
 """The slices of one branch as Lightning loaders: split, transform, standardise, nothing of the other branches."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -8,64 +8,20 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from stl_lightning.augment import PixelAugment
-from stl_lightning.errors import CheckpointError, ConfigError, DataError
-from stl_lightning.images import ImageArray, ImageFiles
+from stl_lightning.errors import CheckpointError, ConfigError
+from stl_lightning.images import ImageArray, ImageFiles, as_float
 from stl_lightning.loaders import ResumableLoader
 from stl_lightning.ranks import RankInfo
+from stl_lightning.slices import BranchSlices, Statistics, measure, slices_of_branch
 from stl_lightning.sources import open_source
 from stl_lightning.spectral import SpectralSplit
 
 Split = Literal["train", "val", "test"]
 
-# Mean, deviation and KLT are estimated on at most this many training images (a random sample: the training split is in
-# random order), so that no rank has to decode all of ImageNet before it starts.
+# Mean and deviation are estimated on at most so many training images, and the KLT (which needs them all at once) on so
+# many; a random sample, since the training split is in random order. No rank has to decode ImageNet before it starts.
 STATISTICS_IMAGES = 10_000
-
-
-@dataclass
-class BranchSlices:
-    """The images of one split as the standardised slices of one branch: a `BatchSource`.
-
-    `cached` (n c h w) holds every slice where the images are fixed and fit in memory; otherwise a batch is read,
-    augmented and transformed when it is asked for.
-    """
-
-    images: ImageArray | ImageFiles
-    indices: Tensor  # (n,) into images
-    spectral: SpectralSplit
-    slices: tuple[int, ...]
-    mean: Tensor  # (c, 1, 1)
-    std: Tensor  # (c, 1, 1)
-    augment: PixelAugment | None = None
-    seed: int = 0
-    cached: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def batch(self, positions: Tensor, epoch: int | None) -> tuple[Tensor, Tensor]:
-        indices = self.indices[positions]
-        labels = self.images.labels[indices]
-        if self.cached is not None:
-            return self.cached[positions], labels
-        augment = None if epoch is None else self.augment
-        pixels = self.images.fetch(indices, augment, seed=self.seed, epoch=epoch or 0)
-        return self._standardised(pixels), labels
-
-    def in_memory(self) -> "BranchSlices":
-        """Itself with every slice computed, if the images are in memory and never change."""
-        if isinstance(self.images, ImageArray) and self.augment is None:
-            chunks = torch.arange(len(self)).split(4096)
-            self.cached = torch.cat([self.batch(chunk, None)[0] for chunk in chunks])
-        return self
-
-    def _standardised(self, pixels: Tensor) -> Tensor:
-        return (slices_of(self.spectral, pixels, self.slices) - self.mean) / self.std
-
-
-def slices_of(spectral: SpectralSplit, pixels: Tensor, slices: tuple[int, ...]) -> Tensor:
-    """The slices (n c h w) of images, 8-bit pixels scaled to [0, 1] first."""
-    return spectral.slices(pixels / 255 if pixels.dtype == torch.uint8 else pixels, slices)
+KLT_IMAGES = 2_000
 
 
 def split_indices(n_images: int, val_size: int | float, seed: int) -> tuple[Tensor, Tensor]:
@@ -151,7 +107,7 @@ class SpectralDataModule(LightningDataModule):
             raise ConfigError(f"data.branch: expected 0 to {self.n_branches - 1}, got {branch}")
         self.branch = branch
         self.slices = slices_of_branch(branch, self.slices_per_branch, self.n_branches)
-        self._statistics: tuple[Tensor, Tensor] | None = None
+        self._statistics: Statistics | None = None
 
     @property
     def in_shape(self) -> tuple[int, int, int]:
@@ -159,24 +115,43 @@ class SpectralDataModule(LightningDataModule):
         shapes = [self.spectral.slice_shape(k) for k in self.slices]
         return (sum(c for c, _, _ in shapes), *shapes[0][1:])
 
+    def check(self) -> None:
+        """Read the training images, or list their files, and find what is wrong with them or with `val_size`.
+
+        Raises: ConfigError and DataError.
+        """
+        self._load("train")
+        self._images["train"].fetch(torch.arange(0), self.augment)  # an augmentation these images do not take
+
     def setup(self, stage: str | None = None) -> None:
         """Read the training images and estimate what is fitted to them: KLT, mean and deviation."""
-        self._load("train")
         if self._statistics is None:
-            pixels = self._images["train"].fetch(self._indices["train"][:STATISTICS_IMAGES])
-            self.spectral.fit(pixels / 255 if pixels.dtype == torch.uint8 else pixels)
-            self._statistics = _mean_and_std(slices_of(self.spectral, pixels, self.slices))
+            self._load("train")
+            images, sample = self._images["train"], self._indices["train"][:STATISTICS_IMAGES]
+            if not self.spectral.is_fitted:
+                self.spectral.fit(as_float(images.fetch(sample[:KLT_IMAGES])))
+            plain = BranchSlices(images, sample, self.spectral, self.slices)
+            self._statistics = measure(ResumableLoader(plain, self.eval_batch_size, num_workers=self.num_workers))
         self._check_restored()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what is fitted to training images from a checkpoint's `state_dict` and not from the images.
+
+        Raises: CheckpointError if it is of another branch.
+        """
+        self._check_branch(state)
+        self.spectral.matrix.copy_(state["matrix"])
+        self.spectral.is_fitted = True
+        self._statistics = Statistics(state["mean"], state["std"])
 
     def slices_in(self, split: Split, training: bool = False) -> BranchSlices:
         """The slices of this branch for one split; `training` adds the augmentation."""
         self.setup()
         self._load(split)
-        assert self._statistics is not None, "setup estimates the statistics"
         augment = self.augment if training else None
-        mean, std = self._statistics
+        images, indices = self._images[split], self._indices[split]
         return BranchSlices(
-            self._images[split], self._indices[split], self.spectral, self.slices, mean, std, augment, self.seed
+            images, indices, self.spectral, self.slices, self._statistics, augment, self.seed
         ).in_memory()
 
     def loader(self, split: Split) -> ResumableLoader:
@@ -218,13 +193,12 @@ class SpectralDataModule(LightningDataModule):
         """What a checkpoint needs to be a member on its own: the slices it reads and how they are standardised."""
         self.setup()
         assert self._statistics is not None, "setup estimates the statistics"
-        mean, std = self._statistics
         return {
             "branch": self.branch,
             "slices": list(self.slices),
             "matrix": self.spectral.matrix,
-            "mean": mean,
-            "std": std,
+            "mean": self._statistics.mean,
+            "std": self._statistics.std,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -237,16 +211,19 @@ class SpectralDataModule(LightningDataModule):
         restored, self._restored = self._restored, None
         if restored is None:
             return
+        self._check_branch(restored)
         now = self.state_dict()
-        for key in ("branch", "slices"):
-            if restored[key] != now[key]:
-                raise CheckpointError(f"the checkpoint was written for {key} {restored[key]}, this is {key} {now[key]}")
         for key in ("matrix", "mean", "std"):
             if not torch.allclose(restored[key].cpu(), now[key], rtol=1e-3, atol=1e-4):
                 raise CheckpointError(
                     f"the {key} of the training slices differs from the one in the checkpoint: are the data under "
                     f"`data.root` the ones the run was started with?"
                 )
+
+    def _check_branch(self, restored: dict[str, Any]) -> None:
+        for key, here in {"branch": self.branch, "slices": list(self.slices)}.items():
+            if restored[key] != here:
+                raise CheckpointError(f"the checkpoint was written for {key} {restored[key]}, this is {key} {here}")
 
     def _load(self, split: Split) -> None:
         if split in self._images:
@@ -259,28 +236,6 @@ class SpectralDataModule(LightningDataModule):
             train, val = split_indices(len(images), self.val_size, self.seed)
             self._images |= {"train": images, "val": images}
             self._indices |= {"train": train, "val": val}
-
-
-def slices_of_branch(branch: int, slices_per_branch: int, n_slices: int) -> tuple[int, ...]:
-    """The slices branch `branch` reads: its own first, then the lowest-frequency others."""
-    if not 1 <= slices_per_branch <= n_slices:
-        raise ConfigError(f"data.slices_per_branch: expected 1 to {n_slices}, got {slices_per_branch}")
-    others = [k for k in range(n_slices) if k != branch]
-    return (branch, *others[: slices_per_branch - 1])
-
-
-def _mean_and_std(slices: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation per channel, each (c 1 1), of slices (n c h w).
-
-    Raises: DataError if a value is not finite.
-    """
-    if not torch.isfinite(slices).all():
-        bad = int((~torch.isfinite(slices)).flatten(1).any(1).sum())
-        raise DataError(f"data.root: expected finite images, received {bad} of {len(slices)} with NaN or infinity")
-    std, mean = torch.std_mean(slices.double(), dim=(0, 2, 3), keepdim=True)
-    # A slice that is constant (a border that is always black) is centred and left unscaled.
-    std = torch.where(std > 1e-6, std, torch.ones_like(std))
-    return mean[0].float(), std[0].float()
 
 
 def _at_least(setting: str, value: int, least: int) -> int:

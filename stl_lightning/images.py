@@ -4,10 +4,12 @@ Letters: n samples, c channels, h w space.
 """
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -93,10 +95,19 @@ def _decode(path: str, size: int, scale: tuple[float, float] | None, draws: np.n
     return functional.pil_to_tensor(image)
 
 
+def as_float(pixels: Tensor) -> Tensor:
+    """8-bit pixels scaled to [0, 1]; floating-point ones as they are."""
+    return pixels / 255 if pixels.dtype == torch.uint8 else pixels
+
+
+# What PIL, NumPy, zipfile, pickle and torchvision raise on damaged files.
+DAMAGE = (OSError, RuntimeError, ValueError, AssertionError, SyntaxError, EOFError, TypeError, BadZipFile, zlib.error)
+
+
 @contextmanager
 def reading(what: Path | str, cure: str) -> Iterator[None]:
     """Turn what decoders raise on damaged files into a DataError."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError, AssertionError, SyntaxError, EOFError) as error:
+    except DAMAGE as error:
         raise DataError(f"{what}: cannot be read ({type(error).__name__}: {error}); {cure}") from error

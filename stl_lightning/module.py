@@ -68,15 +68,11 @@ class BranchModule(LightningModule):
 
     def build(self, in_shape: tuple[int, int, int], n_classes: int, seed: int, branch: int) -> "BranchModule":
         """Create the network. Its weights depend on (seed, branch) alone, not on what the process did before."""
-        with torch.random.fork_rng():
+        # On the CPU whatever the accelerator: another device would draw other numbers.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(branch_seed(seed, branch))
             self.network = self.network_factory(in_shape, n_classes)
         return self
-
-    def configure_model(self) -> None:
-        if self.network is None:
-            data = self.trainer.datamodule  # type: ignore[attr-defined]
-            self.build(data.in_shape, data.n_classes, data.seed, data.branch)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n k) of standardised slices (n c h w)."""

@@ -1,8 +1,9 @@
 """Every path in a run directory, and the one way to write a file there: complete or not at all."""
 
+import contextlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,21 +74,39 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
     Raises: RunError if the folder cannot be written to or the disk is full; `path` is then as it was before.
     """
-    temporary: Path | None = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_UMASK)  # NamedTemporaryFile makes it readable by its owner alone
         temporary.replace(path)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error}. Choose another `run.root`, or free the disk") from error
     finally:
-        if temporary is not None:
+        with contextlib.suppress(OSError):  # such as a folder that could not be made
             temporary.unlink(missing_ok=True)
+
+
+def create_once(path: Path, text: str) -> None:
+    """Write a file unless it is there: of several ranks that race, one wins and its whole content stays.
+
+    Raises: RunError if the folder cannot be written to.
+    """
+    if path.exists():
+        return
+    mine = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    write_atomically(mine, lambda file: file.write(text.encode()))
+    try:
+        os.link(mine, path)  # fails if another rank was first, where a rename would overwrite
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links: its own exclusive creation, which a reader may catch half-way
+        with contextlib.suppress(FileExistsError), path.open("x") as file:
+            file.write(text)
+    finally:
+        mine.unlink()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -100,12 +119,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {path}: {error}") from error
-
-
-def _read_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-_UMASK = _read_umask()

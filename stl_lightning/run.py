@@ -2,18 +2,17 @@
 
 import hashlib
 import json
-import os
 import secrets
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stl_lightning.errors import RunError, unknown
-from stl_lightning.paths import RunPaths, read_json
+from stl_lightning.paths import RunPaths, create_once, read_json
 
 MONITORS = ("val/acc", "val/loss")
+COMPARED = ("source", "fingerprint", "image_shape", "n_classes", "val_size", "augment", "seed")
 
 
 @dataclass
@@ -62,15 +61,28 @@ def claim_run(paths: RunPaths, settings: dict[str, Any]) -> Run:
 
     Raises: RunError if it cannot be written, or belongs to other settings (names the keys that differ).
     """
-    settings = json.loads(json.dumps(settings))  # tuples become lists, as they are when read back
     content = {"id": secrets.token_hex(4), "hash": settings_hash(settings), "settings": settings}
-    _create(paths.run_json, json.dumps(content, indent=2) + "\n")
+    create_once(paths.run_json, json.dumps(content, indent=2) + "\n")
     run = open_run(paths)
-    differing = different_keys(run.settings, settings)
+    check_same_settings(paths, run.settings, settings)
+    return run
+
+
+def check_same_settings(paths: RunPaths, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises: RunError that names the keys at which the settings of a run directory differ from these."""
+    differing = different_keys(there, json.loads(json.dumps(here)))  # tuples become lists, as they are when read back
     if differing:
         listed = "; ".join(f"{key} is {a!r} there and {b!r} here" for key, (a, b) in differing.items())
         raise RunError(f"{paths.folder} belongs to other settings: {listed}. Choose another `run.name`, or delete it")
-    return run
+
+
+def check_baseline(run: Run, baseline: Mapping[str, Any]) -> None:
+    """A baseline is compared with the branches of a run: it must have the same images, split and seed.
+
+    Raises: RunError that names the keys at which its settings differ.
+    """
+    of_run, of_baseline = ({key: settings.get(key) for key in COMPARED} for settings in (run.settings, baseline))
+    check_same_settings(run.paths, of_run, of_baseline)
 
 
 def open_run(paths: RunPaths) -> Run:
@@ -96,25 +108,3 @@ def different_keys(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any,
             found |= different_keys(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
         return found
     return {} if old == new else {prefix: (old, new)}
-
-
-def _create(path: Path, text: str) -> None:
-    """Create a file with its whole content, or leave the one that is there: ranks race for it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            return
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".run.", delete=False) as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary = Path(file.name)
-        temporary.chmod(0o644)
-        try:
-            os.link(temporary, path)  # fails if another rank was first, where a rename would overwrite
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error}. Choose another `run.root`, or make it writable") from error

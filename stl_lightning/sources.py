@@ -237,10 +237,10 @@ NPZ_LAYOUT = (
 def _open_npz(ask: Request) -> Source:
     """The user's own arrays in one file, laid out as MedMNIST's are; `data.root` is the file."""
     with reading(ask.root, NPZ_LAYOUT), np.load(ask.root, allow_pickle=False) as arrays:
-        missing = [name for name in NPZ_ARRAYS if name not in arrays]
+        missing = [name for name in NPZ_ARRAYS if name not in arrays.files]
         if missing:
             raise DataError(f"{ask.root}: {NPZ_LAYOUT}, received a file without {', '.join(missing)}")
-        labels = np.concatenate([arrays[f"{split}_labels"].reshape(-1) for split in SPLITS])
+        labels = arrays["train_labels"].reshape(-1)
         shape = _to_planes(arrays["test_images"][:1]).shape[1:]
     n_classes = int(labels.max()) + 1
     mark = _fingerprint(ask.name, str(ask.root.stat().st_size), labels.astype(np.int64).tobytes())

@@ -54,8 +54,8 @@ class IndependentStrategy(SingleDeviceStrategy):
 
     `local_rank` picks the device, modulo the number that are visible: with `--gpus-per-task` each task sees one.
 
-    Raises: ConfigError if the accelerator is unknown or absent; CommunicationError from `setup`, `on_train_start` or
-    `on_train_end` if `torch.distributed` was initialised.
+    Raises: ConfigError if the accelerator is unknown or absent; CommunicationError before, during (looked at before
+    every batch) or after training if `torch.distributed` was initialised.
     """
 
     def __init__(self, accelerator: str = "auto", local_rank: int = 0) -> None:
@@ -70,6 +70,10 @@ class IndependentStrategy(SingleDeviceStrategy):
     def on_train_start(self) -> None:
         super().on_train_start()
         assert_no_process_group("when training started")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        assert_no_process_group("in the middle of training")
 
     def on_train_end(self) -> None:
         super().on_train_end()

@@ -4,8 +4,8 @@ import csv
 import io
 import netrc
 import os
+import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,23 +94,23 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def branch_loggers(
-    options: TrackingOptions, paths: BranchPaths, run_name: str, run_id: str, branch: int
+    options: TrackingOptions, paths: BranchPaths, run_name: str, run_id: str, branch: int, job_type: str
 ) -> list[Logger]:
     """The loggers of one branch. Their ids come from the run, so a branch that resumes continues its own curves."""
     loggers: list[Logger] = [MetricsCSV(paths)]
     if options.tensorboard:
         loggers.append(TensorBoardLogger(paths.folder, name="", version="tensorboard"))
     if options.wandb:
-        name = f"b{branch:02d}"
-        loggers.append(wandb_logger(options, paths.folder, run_name, run_id, name, "branch"))
+        name = f"b{branch:02d}" if job_type == "branch" else job_type
+        loggers.append(wandb_logger(options, paths.folder, run_name, run_id, name, job_type))
     return loggers
 
 
-def close(loggers: Sequence[Logger]) -> None:
-    """End the W&B run of a branch: the next branch of this process could not begin one of its own otherwise."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+def close() -> None:
+    """End the W&B run of this process, if it has one: the next branch could not begin one of its own otherwise."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
 
 
 def wandb_logger(
@@ -137,7 +137,7 @@ def log_ensemble(options: TrackingOptions, run: Run, run_name: str, results: dic
     numbers = {f"test/{name}": value for name, value in results["ensemble"].items()}
     logger.log_metrics(numbers | {"test/mean": results["mean"], "test/highest": results["highest"]})
     logger.experiment.config.update({key: results[key] for key in ("weighting", "space", "temperature", "members")})
-    close([logger])
+    close()
 
 
 def _wandb_is_offline(options: TrackingOptions) -> bool:

@@ -18,6 +18,7 @@ DIGITS = str(CHECKOUT / "configs" / "digits.yaml")
 QUICK = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
 Capture = pytest.CaptureFixture[str]
+PLATEAU = "torch.optim.lr_scheduler.ReduceLROnPlateau"
 THREE_PIXELS = ["--data.block=[1,3]", "--data.pad=zeros"]
 
 # What the user gets wrong -> the arguments, and what the message has to say.
@@ -31,6 +32,9 @@ BAD = {
     "block": (["--data.block=3"], ["data.block", "data.pad", "9x9"]),
     "hadamard": ([*THREE_PIXELS, "--data.transform=hadamard"], ["powers of two", "(1, 3)", "dct, dct2, dft"]),
     "haar": ([*THREE_PIXELS, "--data.transform=haar"], ["powers of two", "(1, 3)", "dct, dct2, dft"]),
+    "folds": (["--ensemble.n_folds=1"], ["ensemble.n_folds", "2 or more"]),
+    "resized crop": (["--data.augment.resized_crop=[0.5,1]"], ["data.augment.resized_crop", "crop_pad"]),
+    "plateau": ([f"--model.lr_scheduler={PLATEAU}"], ["model.lr_scheduler", "ReduceLROnPlateau"]),
     "slices": (["--data.slices_per_branch=5"], ["data.slices_per_branch", "1 to 4"]),
     "branches": (["--run.branches=[4]"], ["run.branches", "0 to 3"]),
     "val_size": (["--data.val_size=1.5"], ["data.val_size"]),
@@ -61,7 +65,7 @@ def test_bad_input_is_refused_before_any_training(case: str, tmp_path: Path, cap
     for words in said:
         assert words in message
     assert "Traceback" not in message
-    assert not list(tmp_path.glob("runs/*/branches/*/last.ckpt"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_more_ranks_than_branches(tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +113,7 @@ def test_arrays_that_cannot_be_trained_on(case: str, tmp_path: Path, capfd: Capt
     assert stl("run", tmp_path / "runs", "--data.source=npz", f"--data.root={tmp_path / 'own.npz'}") == 2
     message = capfd.readouterr().err
     assert ("labels in 0..4" in message and "index 7" in message) if case == "labels" else "NaN" in message
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_ensemble_of_nothing(tmp_path: Path, capfd: Capture) -> None:
@@ -120,10 +125,13 @@ def test_a_partial_ensemble_names_the_missing_and_is_a_model(tmp_path: Path, cap
     assert stl("fit", tmp_path, "--run.branches=[0,2,3]") == 0
     run = RunPaths(tmp_path / "digits")
     run.branch(3).best.write_bytes(b"damaged")
+    assert stl("fit", tmp_path, "--run.branches=[1]", "--model.optimizer.init_args.lr=1e30") == 1
+    assert "not finite at step 1" in capfd.readouterr().err
     assert main(["ensemble", str(run.folder), "--weighting=simplex"]) == 0
     printed = capfd.readouterr().out
     assert "branches missing: 1, 3" in printed
     assert "branch 3 is left out" in printed
+    assert "branch 1 is left out: it has not finished: failed" in printed
     results = json.loads(run.results.read_text())
     assert results["members"] == [0, 2]
     assert sum(row["weight"] for row in results["branches"]) == pytest.approx(1.0)
@@ -142,6 +150,37 @@ def test_finished_runs_are_scored_again_and_not_trained_again(tmp_path: Path, ca
     results = json.loads(run.results.read_text())
     assert results["baseline"]["n_parameters"] > results["branches"][0]["n_parameters"]
     assert results["mean"] == pytest.approx(np.mean([row["test"]["accuracy"] for row in results["branches"]]))
+
+
+def test_a_baseline_of_other_data_is_not_compared(tmp_path: Path, capfd: Capture) -> None:
+    assert stl("fit", tmp_path, "--run.branches=[0]") == 0
+    assert stl("baseline", tmp_path, "--data.val_size=0.5") == 2
+    assert "val_size is 0.2 there and 0.5 here" in capfd.readouterr().err
+    assert stl("baseline", tmp_path) == 0
+
+
+def test_a_run_is_combined_where_its_data_are_now(tmp_path: Path, capfd: Capture) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {f"{split}_images": rng.random((60, 8, 8), np.float32) for split in ("train", "test")}
+    arrays |= {f"{split}_labels": np.arange(60) % 5 for split in ("train", "test")}
+    old, new = tmp_path / "old.npz", tmp_path / "new.npz"
+    np.savez(old, **arrays)
+    assert stl("fit", tmp_path, "--data.source=npz", f"--data.root={old}") == 0
+    old.rename(new)
+    run = str(tmp_path / "digits")
+    assert main(["ensemble", run]) == 2
+    assert "old.npz" in capfd.readouterr().err
+    assert main(["ensemble", run, f"--data.root={new}"]) == 0
+    assert stl("run", tmp_path, "--data.source=npz", f"--data.root={new}") == 0
+    capfd.readouterr()
+    assert main(["ensemble", run, f"--data.root={new}", "--data.block=4"]) == 2
+    assert "data.block" in capfd.readouterr().err
+
+
+def test_scoring_a_run_that_does_not_exist_makes_none(tmp_path: Path, capfd: Capture) -> None:
+    assert stl("validate", tmp_path, "--run.name=typo") == 2
+    assert "typo is not a run directory" in capfd.readouterr().err
+    assert not (tmp_path / "typo").exists()
 
 
 def test_scoring_commands_print_a_line_a_branch(tmp_path: Path, capfd: Capture) -> None:

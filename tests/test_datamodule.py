@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from stl_lightning.augment import PixelAugment
-from stl_lightning.datamodule import SpectralDataModule, slices_of_branch, split_indices
+from stl_lightning.datamodule import SpectralDataModule, split_indices
 from stl_lightning.errors import CheckpointError, ConfigError
 from stl_lightning.loaders import ResumableLoader, epoch_order
+from stl_lightning.slices import slices_of_branch
 from stl_lightning.spectral import TRANSFORMS
 
 
@@ -31,7 +32,7 @@ def test_the_branches_together_hold_the_image_and_nothing_else(transform: str) -
         data.select_branch(branch)
         fed = data.slices_in("val")
         assert fed.batch(torch.arange(5), None)[0].shape[1:] == data.in_shape
-        slices.append(everything(data.loader("val"))[0] * fed.std + fed.mean)
+        slices.append(everything(data.loader("val"))[0] * fed.statistics.std + fed.statistics.mean)
     pixels = fed.images.fetch(fed.indices)
     torch.testing.assert_close(data.spectral.inverse(slices) * 255, pixels.float(), atol=1e-2, rtol=0)
 
@@ -83,7 +84,7 @@ def test_augmentation_is_of_the_image_and_the_same_for_every_branch() -> None:
     for branch in range(data.n_branches):
         data.select_branch(branch)
         part = data.slices_in("train", training=True)
-        fed.append(part.batch(torch.arange(64), epoch=2)[0] * part.std + part.mean)
+        fed.append(part.batch(torch.arange(64), epoch=2)[0] * part.statistics.std + part.statistics.mean)
     indices = part.indices[:64]
     pixels = part.images.fetch(indices, augment, seed=7, epoch=2)
     torch.testing.assert_close(data.spectral.inverse(fed) * 255, pixels.float(), atol=1e-2, rtol=0)

@@ -14,6 +14,8 @@ from stl_lightning.ensemble.members import branch_outputs
 from stl_lightning.ensemble.model import build_ensemble, load_fitted
 from stl_lightning.ensemble.options import EnsembleOptions
 from stl_lightning.errors import RunError
+from stl_lightning.paths import BranchPaths, read_json, write_json
+from stl_lightning.report.table import print_results
 from stl_lightning.training import BranchJob, train_branch
 
 
@@ -45,20 +47,69 @@ def test_logits_are_computed_once_and_again_when_the_weights_change(jobs: list[B
     assert torch.equal(branch_outputs(job, "val").logits, first.logits)
 
 
-def test_a_damaged_cache_says_what_to_delete(jobs: list[BranchJob]) -> None:
+def test_a_damaged_cache_is_computed_again(jobs: list[BranchJob]) -> None:
+    expected = branch_outputs(jobs[1], "val").logits
     cache = jobs[1].paths.logits("val")
-    branch_outputs(jobs[1], "val")
-    original = cache.read_bytes()
-    cache.write_bytes(original[:50])
-    with pytest.raises(RunError, match="Delete it"):
-        branch_outputs(jobs[1], "val")
-    cache.write_bytes(original)
+    cache.write_bytes(cache.read_bytes()[:50])
+    assert torch.equal(branch_outputs(jobs[1], "val").logits, expected)
+
+
+def test_evaluation_leaves_a_model_alone_that_was_built_from_the_same_jobs(jobs: list[BranchJob]) -> None:
+    evaluate(jobs[0].run, jobs, EnsembleOptions("uniform", "log_prob"))
+    model = build_ensemble(jobs, load_fitted(jobs[0].run.paths.fitted))
+    images = jobs[0].data.source.load("test").pixels[:50]
+    before = model(images)
+    evaluate(jobs[0].run, jobs, EnsembleOptions("uniform", "log_prob"))
+    assert torch.equal(model(images), before)
+
+
+def nan_weights(paths: BranchPaths) -> None:
+    checkpoint = torch.load(paths.best, weights_only=True)
+    for name in checkpoint["state_dict"]:
+        if name.startswith("network") and name.endswith("weight"):
+            checkpoint["state_dict"][name] *= float("nan")
+    torch.save(checkpoint, paths.best)
+
+
+def unfinished(paths: BranchPaths) -> None:
+    write_json(paths.status, read_json(paths.status) | {"state": "running", "epoch": 1})
+
+
+LOSSES = {
+    "deleted": (lambda paths: paths.best.unlink(), "no checkpoint"),
+    "damaged": (lambda paths: paths.best.write_bytes(b"damaged"), "best.ckpt"),
+    "not finite": (nan_weights, "not finite"),
+    "unfinished": (unfinished, "it has not finished: running, epoch 1"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_member_that_is_lost_is_left_out_and_named(loss: str, jobs: list[BranchJob]) -> None:
+    paths = jobs[2].paths
+    kept = {path: path.read_bytes() for path in (paths.best, paths.status)}
+    lose, reason = LOSSES[loss]
+    lose(paths)
+    try:
+        results = evaluate(jobs[0].run, jobs, EnsembleOptions("simplex", "log_prob"))
+    finally:
+        for path, content in kept.items():
+            path.write_bytes(content)
+    assert results["members"] == [0, 1, 3]
+    assert results["missing"] == [2]
+    assert reason in results["left_out"][2]
+    assert sum(row["weight"] for row in results["branches"]) == pytest.approx(1)
+
+
+def test_a_baseline_that_has_not_finished_is_a_remark(jobs: list[BranchJob], tmp_path: Path) -> None:
+    results = evaluate(jobs[0].run, jobs, EnsembleOptions("uniform", "prob"), baseline=make_job(tmp_path))
+    assert "not finished" in results["baseline"]["left_out"]
+    print_results(results)
 
 
 def test_results_are_those_of_the_cached_logits(jobs: list[BranchJob]) -> None:
     """results.json is recomputed here from the logits on disk."""
     run = jobs[0].run
-    evaluation = evaluate(run, jobs, EnsembleOptions("simplex", "log_prob"))
+    evaluate(run, jobs, EnsembleOptions("simplex", "log_prob"))
     results = json.loads(run.paths.results.read_text())
     logits, accuracies = [], []
     for job in jobs:
@@ -74,7 +125,7 @@ def test_results_are_those_of_the_cached_logits(jobs: list[BranchJob]) -> None:
     assert results["ensemble"]["nll"] == pytest.approx(metrics.nll(log_probs, labels).item(), abs=1e-6)
     best_on_validation = max(results["branches"], key=lambda row: row["val"]["accuracy"])
     assert results["highest"] == best_on_validation["test"]["accuracy"]
-    assert evaluation.ensemble.members == (0, 1, 2, 3)
+    assert results["members"] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "per_class", "stacking"])
@@ -102,9 +153,9 @@ def test_test_labels_change_nothing_but_the_scores(jobs: list[BranchJob], monkey
     monkeypatch.setattr("stl_lightning.ensemble.evaluate.branch_outputs", shuffled)
     misled = evaluate(run, jobs, EnsembleOptions())
     for key in ("weighting", "space", "temperature", "highest_branch", "cross_validation"):
-        assert honest.results[key] == misled.results[key]
-    assert torch.equal(honest.ensemble.weights, misled.ensemble.weights)
-    assert honest.results["ensemble"]["accuracy"] > misled.results["ensemble"]["accuracy"] + 0.3
+        assert honest[key] == misled[key]
+    assert [row["weight"] for row in honest["branches"]] == [row["weight"] for row in misled["branches"]]
+    assert honest["ensemble"]["accuracy"] > misled["ensemble"]["accuracy"] + 0.3
 
 
 def test_no_branch_at_all(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_no_rank_opens_a_socket(torchrun: Watched) -> None:
 def test_the_watch_would_see_a_socket() -> None:
     """The check above can fail: a process group of one rank listens on a port."""
     code = (
-        "import os, torch, time; os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '29611'};"
+        "import os, torch, time; os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '0'};"
         "torch.distributed.init_process_group('gloo', rank=0, world_size=1); print('up', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

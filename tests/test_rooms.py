@@ -12,8 +12,9 @@ PACKAGE = CHECKOUT / "stl_lightning"
 
 # Each may import from those before it (and from its own room).
 ROOMS = [
-    "errors", "ranks", "paths", "run", "spectral", "augment", "images", "sources", "loaders", "datamodule", "networks",
-    "module", "strategy", "checkpoint", "status", "tracking", "training", "ensemble", "report", "__main__", "cli",
+    "errors", "ranks", "paths", "run", "spectral", "augment", "images", "sources", "loaders", "slices", "datamodule",
+    "networks", "module", "strategy", "checkpoint", "status", "tracking", "training", "ensemble", "report",
+    "__main__", "cli",
 ]  # fmt: skip
 
 FILES = sorted(PACKAGE.rglob("*.py"))

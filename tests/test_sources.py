@@ -382,7 +382,7 @@ def test_arrays_keep_their_values_and_channels_come_first(tmp_path):
         ({"test_labels": None}, "without test_labels"),
         ({"test_images": np.zeros((5, 4), np.uint8)}, r"received uint8 \(1, 4\)"),
         ({"test_images": np.zeros((5, 4, 4), np.int64)}, "int64"),
-        ({"test_labels": np.array([{}] * 5)}, "cannot be read"),
+        ({"train_labels": np.array([{}] * 5)}, "cannot be read"),
     ],
 )
 def test_arrays_of_another_layout_are_refused(change, message, tmp_path):

@@ -1,6 +1,7 @@
 """The strategy: one device, deaf to launchers, and a guard that really fails."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ LAUNCHERS = {
 @pytest.fixture
 def process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "29617")
+    monkeypatch.setenv("MASTER_PORT", "0")  # any free port
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -51,6 +52,13 @@ def test_a_process_group_stops_the_training() -> None:
 
 
 def test_a_process_group_that_appears_in_training_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Talker(BoringModel):
+        def on_train_batch_end(self, *_: Any) -> None:
+            monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+
+    with pytest.raises(CommunicationError, match="in the middle of training"):
+        Trainer(max_steps=3, **QUIET, **alone("cpu", 0)).fit(Talker())
+    monkeypatch.undo()
     strategy = IndependentStrategy("cpu")
     strategy.on_train_end()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

@@ -53,7 +53,15 @@ def test_wandb_runs_are_grouped_and_resume_under_one_id(tmp_path: Path, monkeypa
         (file,) = folder.glob("*.wandb")
         written = file.read_bytes()
         assert b"val/loss" in written
-        assert b"branch" in written
+
+
+@pytest.mark.parametrize(("job_type", "name"), [("branch", "b03"), ("baseline", "baseline")])
+def test_what_wandb_is_told(job_type: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, object] = {}
+    monkeypatch.setattr("stl_lightning.tracking.WandbLogger", lambda **settings: told.update(settings))
+    branch_loggers(TrackingOptions(wandb=True), RunPaths(tmp_path).branch(3), "mnist", "a1b2", 3, job_type)
+    expected = {"group": "mnist", "job_type": job_type, "name": f"mnist-{name}", "id": f"a1b2-{name}"}
+    assert expected.items() <= told.items()
 
 
 RESULTS = {"weighting": "simplex", "space": "logits", "temperature": 1.0, "members": [0]}
@@ -77,5 +85,5 @@ def test_offline_unless_a_key_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_only_the_csv_without_options(tmp_path: Path) -> None:
-    loggers = branch_loggers(TrackingOptions(), RunPaths(tmp_path).branch(0), "name", "id", 0)
+    loggers = branch_loggers(TrackingOptions(), RunPaths(tmp_path).branch(0), "name", "id", 0, "branch")
     assert [type(logger) for logger in loggers] == [MetricsCSV]

@@ -1,6 +1,9 @@
 """One branch in training: exact resume, isolation of seeds, failure of one branch, the run directory."""
 
+import os
 import pickle
+import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,18 +11,21 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from torch import Tensor, nn
 
 from stl_lightning.checkpoint import load_checkpoint
 from stl_lightning.datamodule import SpectralDataModule
-from stl_lightning.errors import CheckpointError, ConfigError, RunError
+from stl_lightning.ensemble.members import branch_outputs
+from stl_lightning.errors import ConfigError, RunError
 from stl_lightning.module import BranchModule
 from stl_lightning.networks import MLP
 from stl_lightning.paths import RunPaths
 from stl_lightning.run import RunOptions, claim_run
-from stl_lightning.status import read_status
+from stl_lightning.slices import Statistics
+from stl_lightning.status import Status, read_status, write_status
 from stl_lightning.tracking import TrackingOptions
-from stl_lightning.training import BranchJob, train_branch
+from stl_lightning.training import BranchJob, check_branch, train_branch
 
 
 class Dropped(Exception):
@@ -138,7 +144,10 @@ def test_a_finished_branch_is_left_alone(tmp_path: Path) -> None:
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     train_branch(make_job(tmp_path, config="model: {lr: 1}\nrun: {root: a}"))
     with pytest.raises(RunError, match=r"model\.lr was 1 and is now 2"):
-        train_branch(make_job(tmp_path, config="model: {lr: 2}\nrun: {root: b}"))
+        check_branch(make_job(tmp_path, config="model: {lr: 2}\nrun: {root: b}"))
+    with pytest.raises(RunError, match=r"run\.monitor"):
+        check_branch(make_job(tmp_path, config="model: {lr: 1}\nrun: {monitor: val/loss}"))
+    check_branch(make_job(tmp_path, config="model: {lr: 1}\nrun: {root: elsewhere, name: moved}"))
     with pytest.raises(RunError, match="seed is 0 there and 1 here"):
         make_job(tmp_path, seed=1)
 
@@ -175,15 +184,17 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_bad_checkpoint_is_refused_before_training(tmp_path: Path, damage: str, monkeypatch: Any) -> None:
+def test_a_bad_checkpoint_fails_its_branch_alone(tmp_path: Path, damage: str, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     first = make_job(tmp_path / "run", trainer={"callbacks": [die_at(13)]})
     train_branch(first)
     apply, message = DAMAGES[damage]
     apply(first.paths.last)
-    with pytest.raises(CheckpointError, match=message):
-        train_branch(make_job(tmp_path / "run"))
+    again = make_job(tmp_path / "run")
+    assert train_branch(again) == "failed"
+    assert re.search(message, read_status(again.paths, 0).error)
     assert not (tmp_path / "executed").exists()
+    assert train_branch(make_job(tmp_path / "run", branch=1)) == "finished"
 
 
 def test_trainer_settings_of_ours_are_refused(tmp_path: Path) -> None:
@@ -206,7 +217,7 @@ def test_a_branch_refuses_data_it_was_not_trained_on(tmp_path: Path) -> None:
     train_branch(first)
     again = make_job(tmp_path)
     again.data.setup()
-    again.data._statistics = (again.data._statistics[0] + 1.0, again.data._statistics[1])
+    again.data._statistics = Statistics(again.data._statistics.mean + 1.0, again.data._statistics.std)
     assert train_branch(again) == "failed"
     assert "data.root" in read_status(again.paths, 0).error
 
@@ -233,3 +244,65 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(
     again = make_job(tmp_path / "full")
     assert train_branch(again) == "finished"
     assert_same(weights(undisturbed), weights(again))
+
+
+def test_a_run_that_was_moved_keeps_its_best_weights(tmp_path: Path) -> None:
+    """The best value of the first epochs still counts under another path, so a worse epoch does not replace it."""
+
+    def job(root: Path, **trainer: Any) -> BranchJob:
+        made = make_job(root, trainer={"max_epochs": 6} | trainer)
+        # After two epochs it climbs the loss, so all later ones are worse.
+        made.module.scheduler_factory = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda s: 1 if s < 24 else -10)
+        return made
+
+    undisturbed = job(tmp_path / "undisturbed")
+    train_branch(undisturbed)
+    killed = job(tmp_path / "killed", callbacks=[die_at(50)])
+    train_branch(killed)
+    (tmp_path / "killed").rename(tmp_path / "moved")
+    moved = job(tmp_path / "moved")
+    assert train_branch(moved) == "finished"
+    best = [load_checkpoint(each.paths.best) for each in (undisturbed, moved)]
+    assert_same(best[0]["state_dict"], best[1]["state_dict"])
+    assert best[0]["epoch"] == 1
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])
+def test_accumulated_steps_resume_to_the_same_bits(tmp_path: Path, step: int) -> None:
+    """Two batches a step: a checkpoint between the two would lose the gradient of the first."""
+    trainer = {"accumulate_grad_batches": 2}
+    undisturbed = make_job(tmp_path / "undisturbed", trainer=trainer)
+    train_branch(undisturbed)
+    train_branch(make_job(tmp_path / "killed", trainer=trainer | {"callbacks": [die_at(step)]}))
+    again = make_job(tmp_path / "killed", trainer=trainer)
+    assert train_branch(again) == "finished"
+    assert_same(weights(undisturbed), weights(again))
+
+
+def test_a_branch_in_training_elsewhere_on_this_machine_is_left_to_it(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    write_status(job.paths, Status(0, "running", pid=os.getppid()))
+    with pytest.raises(RunError, match=f"process {os.getppid()} on {socket.gethostname()}"):
+        check_branch(job)
+    write_status(job.paths, Status(0, "running", pid=2**22 + 1))  # above any process number: it was killed
+    check_branch(job)
+
+
+def test_a_tracker_that_cannot_start_fails_its_branch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to the server")
+
+    monkeypatch.setattr("stl_lightning.tracking.wandb_logger", unreachable)
+    job = make_job(tmp_path)
+    job.tracking = TrackingOptions(wandb=True)
+    assert train_branch(job) == "failed"
+    assert "no route" in read_status(job.paths, 0).error
+
+
+def test_users_callbacks_and_settings_are_kept(tmp_path: Path) -> None:
+    """A ModelCheckpoint of the user's own works beside ours and is not asked to predict."""
+    own = ModelCheckpoint(tmp_path / "own", save_top_k=-1)
+    job = make_job(tmp_path, trainer={"callbacks": [own, RichProgressBar()], "enable_model_summary": True})
+    assert train_branch(job) == "finished"
+    assert len(list((tmp_path / "own").glob("*.ckpt"))) == 3
+    assert branch_outputs(job, "val").logits.shape == (288, 10)

@@ -3,7 +3,8 @@
 import copy
 import logging
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
@@ -14,14 +15,18 @@ from stl_lightning.augment import PixelAugment
 from stl_lightning.datamodule import SpectralDataModule
 from stl_lightning.ensemble.fit import find_candidates
 from stl_lightning.ensemble.options import EnsembleOptions
-from stl_lightning.errors import ConfigError, RunError
+from stl_lightning.errors import ConfigError
 from stl_lightning.module import BranchModule, NetworkFactory
 from stl_lightning.paths import RunPaths
 from stl_lightning.ranks import RankInfo
 from stl_lightning.run import Run, RunOptions, claim_run
 from stl_lightning.strategy import pick_device
 from stl_lightning.tracking import TrackingOptions
-from stl_lightning.training import BranchJob, check_trainer_settings
+from stl_lightning.training import BranchJob, check_trainer_settings, different_settings
+
+PASSED_ON = (
+    "data.root", "data.num_workers", "data.eval_batch_size", "trainer.accelerator", "tracking.", "ensemble.",
+)  # fmt: skip
 
 
 class SpectralCLI(LightningCLI):
@@ -91,9 +96,9 @@ class SpectralCLI(LightningCLI):
         return self._data
 
     def check(self) -> None:
-        """Everything that can be found wrong before a file is written or an image is read.
+        """Everything that can be found wrong before a file is written.
 
-        Raises: ConfigError, also from the constructors of the network and the optimiser.
+        Raises: ConfigError and DataError, also from the constructors of the network and the optimiser.
         """
         check_trainer_settings(dict(self.config.trainer))
         pick_device(self.config.trainer.accelerator, local_rank=0)
@@ -102,6 +107,7 @@ class SpectralCLI(LightningCLI):
         find_candidates(ensemble.weighting, ensemble.space, self.data.n_branches, self.data.n_classes)
         module = built.model.build(self.data.in_shape, self.data.n_classes, self.data.seed, self.data.branch)
         module.configure_optimizers()
+        self.data.check()
 
     def claim(self) -> Run:
         """Open the run directory for this config, if nothing is wrong with it."""
@@ -109,15 +115,17 @@ class SpectralCLI(LightningCLI):
         return claim_run(self.options.paths, self.data.agreement())
 
     def owned_branches(self) -> tuple[int, ...]:
-        """The branches that this process trains: `run.branches`, or those of its rank."""
+        """The branches that this process trains: `run.branches`, or `data.branch`, or those of its rank."""
         asked = self.options.branches
+        if asked is None and self.config.data.branch is not None:
+            asked = [self.config.data.branch]
         if asked is None:
             return RankInfo.detect().branches(self.data.n_branches)
         if not asked or not all(0 <= branch < self.data.n_branches for branch in asked):
             raise ConfigError(f"run.branches: expected numbers from 0 to {self.data.n_branches - 1}, got {asked}")
         return tuple(asked)
 
-    def job(self, run: Run, branch: int) -> BranchJob:
+    def job(self, run: Run, branch: int, job_type: Literal["branch", "baseline"] = "branch") -> BranchJob:
         """Everything needed to train or evaluate one branch."""
         config = copy.deepcopy(self.config)
         config.data.branch = branch
@@ -125,43 +133,64 @@ class SpectralCLI(LightningCLI):
         data = copy.copy(self.data)
         data.select_branch(branch)
         return BranchJob(
-            run,
-            data,
-            built.model,
-            dict(built.trainer),
-            self.parser.dump(config, skip_unset=False),
-            self.options,
-            self.tracking,
-            RankInfo.detect().local_rank,
+            run=run,
+            data=data,
+            module=built.model,
+            trainer_settings=dict(built.trainer),
+            config_yaml=self.parser.dump(config, skip_unset=False),
+            options=self.options,
+            tracking=self.tracking,
+            local_rank=RankInfo.detect().local_rank,
+            job_type=job_type,
         )
 
     def as_baseline(self) -> "SpectralCLI":
         """The same config for the conventional network: one branch, whose one slice is the whole image."""
-        self.config.data.update(Namespace(reorganisation="polyphase", block=1, transform="identity", pad=None))
-        self.config.data.slices_per_branch = 1
+        whole = {"reorganisation": "polyphase", "block": 1, "transform": "identity", "pad": None, "branch": None}
+        self.config.data.update(Namespace(slices_per_branch=1, **whole))
         if self.config.baseline.network is not None:
             self.config.model.network = self.config.baseline.network
         self.config.run.branches = None
         return self
 
+    def where_it_runs(self) -> list[str]:
+        """The settings that another process needs to find the same data and devices, as command-line options."""
+        flat = {key: value for key, value in vars(self.config.as_flat()).items() if key.startswith(PASSED_ON)}
+        return [f"--{key}={value}" for key, value in flat.items() if value is not None]
 
-def kept_cli(paths: RunPaths, command: str, branch: int | None = None) -> SpectralCLI:
-    """The config that a branch of a run was trained with; any branch's if none is named.
+    def share_data(self, other: "SpectralCLI") -> None:
+        """Use the data of another config of the same run, so that images are read and listed once."""
+        ours, theirs = (cli.config.data.as_dict() | {"branch": None} for cli in (self, other))
+        if ours == theirs:
+            self._data = other.data
 
-    Raises: RunError if there is none.
+
+def kept_cli(paths: RunPaths, branch: int, overrides: Sequence[str] = ()) -> SpectralCLI:
+    """The config that a branch of a run was trained with, and what is different now about where it runs.
+
+    Raises: ConfigError if an override would change what the branch computes.
     """
-    folder = "*" if branch is None else paths.branch(branch).folder.name
-    kept = sorted(paths.folder.glob(f"branches/{folder}/config.yaml"))
-    if not kept:
-        which = "no branch" if branch is None else f"branch {branch} is not"
-        raise RunError(f"{paths.folder}: {which} begun (no config.yaml); train it with `stl fit`")
-    return SpectralCLI(["--config", str(kept[0])], command)
+    kept = ["--config", str(paths.branch(branch).config)]
+    cli = SpectralCLI([*kept, *overrides], "ensemble")
+    as_trained, now = (each.parser.dump(each.config, skip_unset=False) for each in (SpectralCLI(kept, "ensemble"), cli))
+    changed = different_settings(as_trained, now)
+    if changed:
+        raise ConfigError(f"{', '.join(changed)}: a finished run keeps these settings; expected them to be left out")
+    return cli
 
 
-def jobs_of_run(run: Run) -> list[BranchJob]:
-    """The jobs of those branches of an existing run that were begun, from the configs it keeps."""
+def clis_of_run(run: Run, overrides: Sequence[str] = ()) -> dict[int, SpectralCLI]:
+    """The configs of those branches of an existing run that were begun; their data are shared."""
     begun = [branch for branch in range(run.settings["n_branches"]) if run.paths.branch(branch).config.exists()]
-    return [kept_cli(run.paths, "ensemble", branch).job(run, branch) for branch in begun]
+    clis = {branch: kept_cli(run.paths, branch, overrides) for branch in begun}
+    for branch in begun[1:]:
+        clis[branch].share_data(clis[begun[0]])
+    return clis
+
+
+def jobs_of_run(run: Run, overrides: Sequence[str] = ()) -> list[BranchJob]:
+    """The jobs of those branches of an existing run that were begun."""
+    return [cli.job(run, branch) for branch, cli in clis_of_run(run, overrides).items()]
 
 
 def quiet() -> None:

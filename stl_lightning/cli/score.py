@@ -6,6 +6,8 @@ from stl_lightning.cli.config import SpectralCLI
 from stl_lightning.datamodule import Split
 from stl_lightning.ensemble.evaluate import scores
 from stl_lightning.ensemble.members import compute_outputs
+from stl_lightning.run import check_same_settings, open_run
+from stl_lightning.training import check_same_config
 
 
 def validate(args: list[str]) -> int:
@@ -28,10 +30,12 @@ def predict(args: list[str]) -> int:
 
 def _score(cli: SpectralCLI, split: Split) -> int:
     """Compute the logits of each branch of this rank, keep them where `stl ensemble` finds them, print the scores."""
-    run = cli.claim()
+    run = open_run(cli.options.paths)
+    check_same_settings(run.paths, run.settings, cli.data.agreement())
     for branch in cli.owned_branches():
         job = cli.job(run, branch)
+        check_same_config(job)
         outputs = compute_outputs(job, split)
-        line = {"branch": branch, "split": split} | scores(outputs.logits.log_softmax(1), outputs.labels)
+        line = {"branch": branch, "split": split} | scores(outputs)
         print(json.dumps(line | {"logits": str(job.paths.logits(split))}), flush=True)
     return 0

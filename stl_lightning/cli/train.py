@@ -1,15 +1,15 @@
 """`stl fit`, `stl run` and `stl baseline`: train branches."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from stl_lightning.cli.config import SpectralCLI
 from stl_lightning.cli.ensemble import combine
 from stl_lightning.errors import ConfigError
 from stl_lightning.ranks import RankInfo
-from stl_lightning.run import claim_run
+from stl_lightning.run import check_baseline, claim_run, open_run
 from stl_lightning.status import read_status
-from stl_lightning.training import BranchJob, train_branch
+from stl_lightning.training import BranchJob, check_branch, train_branch
 
 
 def fit(args: list[str]) -> int:
@@ -17,7 +17,7 @@ def fit(args: list[str]) -> int:
     cli = SpectralCLI(args, "fit", "Train the branches that this rank owns, without any communication.")
     branches = cli.owned_branches()
     run = cli.claim()
-    return exit_code(train_all(cli.job(run, branch) for branch in branches))
+    return exit_code(train_all([cli.job(run, branch) for branch in branches]))
 
 
 def run(args: list[str]) -> int:
@@ -27,8 +27,8 @@ def run(args: list[str]) -> int:
         raise ConfigError("`stl run` is for one process; under a launcher use `stl fit`, and `stl ensemble` afterwards")
     branches = cli.owned_branches()
     claimed = cli.claim()
-    n_failed = train_all(cli.job(claimed, branch) for branch in branches)
-    combine(claimed, cli.ensemble_options)
+    n_failed = train_all([cli.job(claimed, branch) for branch in branches])
+    combine(claimed, cli.where_it_runs())
     return exit_code(n_failed)
 
 
@@ -36,24 +36,30 @@ def baseline(args: list[str]) -> int:
     """Train the conventional network on the whole image, into the folder `baseline` of the run."""
     cli = SpectralCLI(args, "baseline", "Train the conventional network on the whole image.").as_baseline()
     cli.check()
-    claimed = claim_run(cli.options.paths.baseline, cli.data.agreement())
-    return exit_code(train_all([cli.job(claimed, 0)]))
+    paths = cli.options.paths
+    if paths.run_json.exists():
+        check_baseline(open_run(paths), cli.data.agreement())
+    claimed = claim_run(paths.baseline, cli.data.agreement())
+    return exit_code(train_all([cli.job(claimed, 0, "baseline")]))
 
 
-def train_all(jobs: Iterable[BranchJob]) -> int:
+def train_all(jobs: Sequence[BranchJob]) -> int:
     """Train each branch, whatever becomes of the others; returns how many failed."""
-    n_failed = 0
     for job in jobs:
-        outcome = train_branch(job)
-        status = read_status(job.paths, job.branch)
-        if outcome == "failed":
-            n_failed += 1
-            print(f"branch {job.branch}: FAILED: {status.error}", file=sys.stderr, flush=True)
-        else:
-            what = "is finished already" if outcome == "skipped" else "finished"
-            loss = "" if status.loss is None else f", validation loss {status.loss:.4f}"
-            print(f"branch {job.branch}: {what}, {status.epoch} epochs{loss}", flush=True)
-    return n_failed
+        check_branch(job)
+    return sum(_train(job) == "failed" for job in jobs)
+
+
+def _train(job: BranchJob) -> str:
+    outcome = train_branch(job)
+    status = read_status(job.paths, job.branch)
+    if outcome == "failed":
+        print(f"{job.job_type} {job.branch}: FAILED: {status.error}", file=sys.stderr, flush=True)
+    else:
+        what = "is finished already" if outcome == "skipped" else "finished"
+        loss = "" if status.loss is None else f", validation loss {status.loss:.4f}"
+        print(f"{job.job_type} {job.branch}: {what}, {status.epoch} epochs{loss}", flush=True)
+    return outcome
 
 
 def exit_code(n_failed: int) -> int:

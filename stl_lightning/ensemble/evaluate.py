@@ -1,11 +1,9 @@
 """From trained branches to the row of the table: fit the weights on validation logits, score the test set once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stl_lightning.ensemble import metrics
 from stl_lightning.ensemble.fit import FittedEnsemble, fit_ensemble
@@ -15,35 +13,28 @@ from stl_lightning.ensemble.options import EnsembleOptions
 from stl_lightning.errors import CheckpointError, RunError
 from stl_lightning.paths import write_json
 from stl_lightning.run import Run
+from stl_lightning.status import read_status
 from stl_lightning.training import BranchJob
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `results.json` holds, and the fitted ensemble it describes."""
-
-    results: dict[str, Any]
-    ensemble: FittedEnsemble
 
 
 def evaluate(
     run: Run, jobs: Sequence[BranchJob], options: EnsembleOptions, baseline: BranchJob | None = None
-) -> Evaluation:
-    """Combine the branches that can be read; write `ensemble/results.json`.
+) -> dict[str, Any]:
+    """Combine the branches that have finished; write `ensemble/results.json` and return what is in it.
 
     Weights, space and temperature are fitted on the validation split; "highest" is the branch that is best there.
-    Raises: RunError if no branch can be read.
+    Raises: RunError if no branch can be combined.
     """
-    members, unreadable = _readable(jobs)
-    n_branches = run.settings["n_branches"]
-    present = [job.branch for job in members]
-    missing = [branch for branch in range(n_branches) if branch not in present]
-    if not members:
-        reasons = "; ".join(unreadable.values()) or "none has finished"
+    usable, left_out = _finished(jobs)
+    if not usable:
+        reasons = "; ".join(left_out.values()) or "none has begun"
         raise RunError(f"{run.paths.folder}: no branch can be combined ({reasons}). Train them with `stl fit`")
-    val, test = (_stack([branch_outputs(job, split) for job in members]) for split in ("val", "test"))
+    members = [job for job, _ in usable]
+    present = [job.branch for job in members]
+    val = _stack([outputs for _, outputs in usable])
+    test = _stack([branch_outputs(job, "test") for job in members])
     ensemble = fit_ensemble(
-        val.logits, val.labels, tuple(present), options.weighting, options.space, options.n_folds, run.settings["seed"]
+        val.logits, val.labels, present, options.weighting, options.space, options.n_folds, run.settings["seed"]
     )
     rows = [_branch_row(job, val, test, i, ensemble) for i, job in enumerate(members)]
     highest = max(rows, key=lambda row: row["val"]["accuracy"])
@@ -52,13 +43,13 @@ def evaluate(
         "settings": run.settings,
         "n_test": len(test.labels),
         "members": present,
-        "missing": missing,
-        "unreadable": unreadable,
-        "mean": _mean([row["test"]["accuracy"] for row in rows]),
+        "missing": [branch for branch in range(run.settings["n_branches"]) if branch not in present],
+        "left_out": left_out,
+        "mean": sum(row["test"]["accuracy"] for row in rows) / len(rows),
         "highest": highest["test"]["accuracy"],
         "highest_branch": highest["branch"],
-        "ensemble": scores(ensemble.log_probs(test.logits), test.labels),
-        "ensemble_val": scores(ensemble.log_probs(val.logits), val.labels),
+        "ensemble": scores(Outputs(ensemble.log_probs(test.logits), test.labels)),
+        "ensemble_val": scores(Outputs(ensemble.log_probs(val.logits), val.labels)),
         "baseline": _baseline_row(baseline) if baseline else None,
         "weighting": ensemble.weighting,
         "space": ensemble.space,
@@ -69,25 +60,28 @@ def evaluate(
     }
     save_fitted(ensemble, run.paths.fitted)
     write_json(run.paths.results, results)
-    return Evaluation(results, ensemble)
+    return results
 
 
-def scores(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy and expected calibration error as shares, negative log-likelihood in nats, Brier score."""
-    named = (metrics.accuracy, metrics.nll, metrics.ece, metrics.brier)
-    return {score.__name__: float(score(log_probs, labels)) for score in named}
+def scores(outputs: Outputs) -> dict[str, float]:
+    """Every row of `METRICS`: accuracy and calibration error as shares, negative log-likelihood in nats."""
+    log_probs = outputs.logits.log_softmax(-1)
+    return {name: float(score(log_probs, outputs.labels)) for name, score in metrics.METRICS.items()}
 
 
-def _readable(jobs: Sequence[BranchJob]) -> tuple[list[BranchJob], dict[int, str]]:
-    members, unreadable = [], {}
+def _finished(jobs: Sequence[BranchJob]) -> tuple[list[tuple[BranchJob, Outputs]], dict[int, str]]:
+    """The branches that have finished with their validation outputs, and why each of the others is left out."""
+    usable, left_out = [], {}
     for job in jobs:
+        status = read_status(job.paths, job.branch)
+        if status.state != "finished":
+            left_out[job.branch] = f"it has not finished: {status.state}, epoch {status.epoch}"
+            continue
         try:
-            branch_outputs(job, "val")
+            usable.append((job, branch_outputs(job, "val")))
         except CheckpointError as error:
-            unreadable[job.branch] = str(error)
-        else:
-            members.append(job)
-    return members, unreadable
+            left_out[job.branch] = str(error)
+    return usable, left_out
 
 
 def _stack(outputs: Sequence[Outputs]) -> Outputs:
@@ -105,21 +99,18 @@ def _branch_row(job: BranchJob, val: Outputs, test: Outputs, i: int, ensemble: F
         "slices": list(job.data.slices),
         "frequency": list(job.data.spectral.frequencies[job.branch]),
         "n_parameters": _n_parameters(job),
-        "val": scores(val.logits[i].log_softmax(1), val.labels),
-        "test": scores(test.logits[i].log_softmax(1), test.labels),
+        "val": scores(Outputs(val.logits[i], val.labels)),
+        "test": scores(Outputs(test.logits[i], test.labels)),
         "weight": ensemble.member_weights()[i],
     }
 
 
 def _baseline_row(job: BranchJob) -> dict[str, Any]:
-    outputs = branch_outputs(job, "test")
-    return scores(outputs.logits.log_softmax(1), outputs.labels) | {"n_parameters": _n_parameters(job)}
+    usable, left_out = _finished([job])
+    if not usable:
+        return {"left_out": left_out[job.branch]}
+    return scores(branch_outputs(job, "test")) | {"n_parameters": _n_parameters(job)}
 
 
 def _n_parameters(job: BranchJob) -> int:
-    network = job.module.build(job.data.in_shape, job.data.n_classes, job.data.seed, job.branch)
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return sum(parameter.numel() for parameter in job.built_module().parameters())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stl_lightning.ensemble.fit import FittedEnsemble
 from stl_lightning.errors import RunError
+from stl_lightning.images import as_float
 from stl_lightning.paths import write_atomically
 from stl_lightning.spectral import SpectralSplit
 from stl_lightning.training import BranchJob, load_best
@@ -46,7 +47,7 @@ class SpectralEnsemble(nn.Module):
 
     def member_logits(self, images: Tensor) -> Tensor:
         """The logits (b, n, k) of every branch."""
-        pixels = images / 255 if images.dtype == torch.uint8 else images
+        pixels = as_float(images)
         return torch.stack([branch(self._standardised(pixels, i)) for i, branch in enumerate(self.branches)])
 
     def _standardised(self, pixels: Tensor, i: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from stl_lightning.errors import ConfigError
+
 
 @dataclass
 class EnsembleOptions:
@@ -16,3 +18,7 @@ class EnsembleOptions:
     weighting: str = "auto"
     space: str = "auto"
     n_folds: int = 5
+
+    def __post_init__(self) -> None:
+        if self.n_folds < 2:
+            raise ConfigError(f"ensemble.n_folds: expected 2 or more, got {self.n_folds}")

@@ -22,7 +22,9 @@ def _remarks(results: dict[str, Any]) -> list[str]:
         f"weights: {results['weighting']} on {results['space']}, fitted on the validation split; "
         f"temperature {results['temperature']:.3f}; {results['n_test']} test images"
     ]
-    lines += [f"branch {branch} is left out: {reason}" for branch, reason in results["unreadable"].items()]
+    lines += [f"branch {branch} is left out: {reason}" for branch, reason in results["left_out"].items()]
+    if "left_out" in (results["baseline"] or {}):
+        lines.append(f"the baseline is left out: {results['baseline']['left_out']}")
     if results["missing"]:
         lines.append(f"PARTIAL ENSEMBLE: branches missing: {', '.join(map(str, results['missing']))}")
     return lines
@@ -38,7 +40,7 @@ def summary_table(results: dict[str, Any]) -> Table:
         percent(results["mean"]),
         percent(results["highest"]),
         percent(ensemble["accuracy"]),
-        percent(baseline["accuracy"]) if baseline else "-",
+        percent(baseline["accuracy"]) if baseline and "accuracy" in baseline else "-",
         f"{ensemble['nll']:.4f}",
         f"{ensemble['ece']:.4f}",
     )
