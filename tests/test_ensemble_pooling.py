@@ -130,6 +130,14 @@ class TestMetrics:
                 gaps.append(inside.double().mean() * gap.abs())
         torch.testing.assert_close(ece(log_probs, labels), sum(gaps))
 
+    def test_ece_is_that_of_torchmetrics(self) -> None:
+        from torchmetrics.functional.classification import multiclass_calibration_error
+
+        log_probs = (3 * normal(500, 6)).log_softmax(-1).float()
+        labels = drawn(log_probs.double().exp() ** 0.5)
+        expected = multiclass_calibration_error(log_probs.exp(), labels, num_classes=6, n_bins=15, norm="l1")
+        torch.testing.assert_close(ece(log_probs, labels), expected)
+
     def test_ece_keeps_the_last_bins_apart(self) -> None:
         confidence = torch.tensor([0.9, 0.9, 0.95, 0.95], dtype=torch.float64)
         log_probs = torch.stack([confidence, 1 - confidence], -1).log()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from stl_lightning.paths import RunPaths
 from stl_lightning.run import RunOptions, claim_run
 from stl_lightning.slices import Statistics
 from stl_lightning.status import Status, read_status, write_status
+from stl_lightning.strategy import alone
 from stl_lightning.tracking import TrackingOptions
 from stl_lightning.training import BranchJob, check_branch, train_branch
 
@@ -306,3 +307,14 @@ def test_users_callbacks_and_settings_are_kept(tmp_path: Path) -> None:
     assert train_branch(job) == "finished"
     assert len(list((tmp_path / "own").glob("*.ckpt"))) == 3
     assert branch_outputs(job, "val").logits.shape == (288, 10)
+
+
+def test_module_and_data_serve_a_trainer_of_ones_own(tmp_path: Path) -> None:
+    """Lightning's own test and predict, without a run directory."""
+    job = make_job(tmp_path)
+    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, **alone("cpu", 0))
+    module = job.built_module()
+    (scores,) = trainer.test(module, datamodule=job.data, verbose=False)
+    assert scores["test/acc"] < 0.3
+    batches = trainer.predict(module, datamodule=job.data)
+    assert sum(len(labels) for _, labels in batches) == 288
