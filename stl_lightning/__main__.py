@@ -1,8 +1,10 @@
 """The command `stl`: a table of commands, each imported only when it is called."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 from stl_lightning.errors import STLError
 
@@ -36,15 +38,22 @@ def main(args: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(usage())
         return 0
+    if name == "--version":
+        print(f"stl_lightning {version('stl-lightning')}")
+        return 0
     if name not in COMMANDS:
         print(f"stl: unknown command {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    sys.path.insert(0, "")  # classes of the user's own lie in the folder the command is called from
     try:
         module = import_module(f"stl_lightning.cli.{COMMANDS[name][0]}")
         return getattr(module, name)(rest)
     except STLError as error:
         print(f"stl {name}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `stl completion bash | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it when it ends)
+        return 0
     except KeyboardInterrupt:
         print(f"stl {name}: interrupted; the same command resumes", file=sys.stderr)
         return 130

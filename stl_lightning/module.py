@@ -71,8 +71,28 @@ class BranchModule(LightningModule):
         # On the CPU whatever the accelerator: another device would draw other numbers.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(branch_seed(seed, branch))
-            self.network = self.network_factory(in_shape, n_classes)
+            self.network = self._construct(in_shape, n_classes)
         return self
+
+    def _construct(self, in_shape: tuple[int, int, int], n_classes: int) -> nn.Module:
+        try:
+            return self.network_factory(in_shape, n_classes)
+        except TypeError as error:
+            raise ConfigError(
+                f"model.network: expected a class that is called as network(in_shape, n_classes), here "
+                f"{in_shape}, {n_classes}; it answered: {error}"
+            ) from error
+
+    def check_output(self, in_shape: tuple[int, int, int], n_classes: int) -> None:
+        """Raises: ConfigError unless two slices (2 c h w) give logits (2 k)."""
+        expected = f"model.network: expected logits {(2, n_classes)} for slices {(2, *in_shape)}"
+        try:
+            with torch.no_grad():
+                received = tuple(self.eval()(torch.zeros(2, *in_shape)).shape)
+        except RuntimeError as error:
+            raise ConfigError(f"{expected}, received an error: {error}") from error
+        if received != (2, n_classes):
+            raise ConfigError(f"{expected}, received {received}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n k) of standardised slices (n c h w)."""

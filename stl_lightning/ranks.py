@@ -47,15 +47,15 @@ class RankInfo:
         step = n_branches if self.world_size is None else self.world_size
         if step > n_branches or self.rank >= n_branches:
             raise ConfigError(
-                f"{self._what()} has no branch to train: `data.block` and `data.transform` make {n_branches} branches. "
+                f"{self._what()}, but `data.block` and `data.transform` make {n_branches} branches. "
                 f"Start at most {n_branches} ranks, or choose a larger `data.block`"
             )
         return tuple(range(self.rank, n_branches, step))
 
     def _what(self) -> str:
-        if self.launcher == "slurm-array":
-            return f"SLURM array task {self.rank} (--array numbers the branches from 0)"
-        return f"rank {self.rank} of {self.world_size} ({self.launcher})"
+        if self.world_size is None:
+            return f"this is SLURM array task {self.rank}, and --array numbers the branches from 0"
+        return f"{self.world_size} ranks were started ({self.launcher})"
 
 
 def _integer(env: Mapping[str, str], name: str) -> int:

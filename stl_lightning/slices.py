@@ -48,8 +48,7 @@ class BranchSlices:
         labels = self.images.labels[indices]
         if self.cached is not None:
             return self.cached[positions], labels
-        augment = None if epoch is None else self.augment
-        pixels = self.images.fetch(indices, augment, seed=self.seed, epoch=epoch or 0)
+        pixels = self.images.fetch(indices, self.augment, seed=self.seed, epoch=epoch or 0)
         x = self.spectral.slices(as_float(pixels), self.slices)
         return (x - self.statistics.mean) / self.statistics.std if self.statistics else x, labels
 

@@ -241,8 +241,16 @@ def _open_npz(ask: Request) -> Source:
         if missing:
             raise DataError(f"{ask.root}: {NPZ_LAYOUT}, received a file without {', '.join(missing)}")
         labels = arrays["train_labels"].reshape(-1)
-        shape = _to_planes(arrays["test_images"][:1]).shape[1:]
+        images, test_labels = arrays["test_images"], arrays["test_labels"].reshape(-1)
+    if labels.dtype.kind not in "iu" or not len(labels) or labels.min() != 0:
+        received = f"{labels.dtype} from {labels.min()}" if labels.dtype.kind in "iu" and len(labels) else labels.dtype
+        raise DataError(f"{ask.root}: expected train_labels to be whole numbers from 0, received {received}")
+    if len(images) != len(test_labels):
+        received = f"received {len(test_labels)} and {len(images)}"
+        raise DataError(f"{ask.root}: expected as many test_labels as test_images, {received}")
     n_classes = int(labels.max()) + 1
+    _check_labels(torch.from_numpy(test_labels.astype(np.int64)), n_classes, f"{ask.name}, split test")
+    shape = _to_planes(images[:1]).shape[1:]
     mark = _fingerprint(ask.name, str(ask.root.stat().st_size), labels.astype(np.int64).tobytes())
     read = partial(_read_npz, ask.root)
     return Source(ask.name, (shape[0], shape[1], shape[2]), [str(k) for k in range(n_classes)], mark, read)
@@ -262,6 +270,8 @@ def _to_planes(images: np.ndarray) -> Tensor:
     """(n, h, w) or (n, h, w, c) -> (n, c, h, w), 8 bits or float32."""
     if images.ndim not in (3, 4) or not (images.dtype == np.uint8 or images.dtype.kind == "f"):
         raise DataError(f"{NPZ_LAYOUT} of uint8, or of floats in [0, 1]; received {images.dtype} {images.shape}")
+    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
+        raise DataError(f"expected images (n, h, w, c), channels last; received {images.shape}")
     planes = torch.from_numpy(images if images.dtype == np.uint8 else images.astype(np.float32))
     return planes[:, None] if planes.ndim == 3 else planes.permute(0, 3, 1, 2).contiguous()
 

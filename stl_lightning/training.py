@@ -96,7 +96,9 @@ def check_trainer_settings(settings: dict[str, Any]) -> dict[str, Any]:
                 "its checkpoints in the run directory"
             )
     if settings.get("max_epochs") is None and settings.get("max_steps", -1) == -1 and not settings.get("fast_dev_run"):
-        raise ConfigError("trainer.max_epochs: expected a number of epochs (or trainer.max_steps), got neither")
+        raise ConfigError(
+            "trainer.max_epochs: expected a number of epochs (or trainer.max_steps), got neither; is there a --config?"
+        )
     return {key: value for key, value in settings.items() if key not in OWN_TRAINER_SETTINGS}
 
 

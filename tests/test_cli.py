@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from stl_lightning.__main__ import COMMANDS, main
+from stl_lightning.cli.ensemble import load_ensemble
 from stl_lightning.paths import RunPaths
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -74,7 +76,7 @@ def test_more_ranks_than_branches(tmp_path: Path, capfd: Capture, monkeypatch: p
         monkeypatch.setenv(name, value)
     assert stl("fit", tmp_path) == 2
     message = capfd.readouterr().err
-    assert "rank 4 of 5" in message
+    assert "5 ranks were started (torchrun)" in message
     assert "4 branches" in message
 
 
@@ -106,7 +108,7 @@ def test_arrays_that_cannot_be_trained_on(case: str, tmp_path: Path, capfd: Capt
     arrays = {f"{split}_images": rng.random((50, 8, 8), np.float32) for split in ("train", "test")}
     arrays |= {f"{split}_labels": np.arange(50) % 5 for split in ("train", "test")}
     if case == "labels":
-        arrays["train_labels"][7] = -1
+        arrays["test_labels"][7] = 5
     else:
         arrays["train_images"][3, 2, 1] = np.nan
     np.savez(tmp_path / "own.npz", **arrays)
@@ -177,6 +179,54 @@ def test_a_run_is_combined_where_its_data_are_now(tmp_path: Path, capfd: Capture
     assert "data.block" in capfd.readouterr().err
 
 
+OWN_NETWORK = """
+import torch
+
+class Tiny(torch.nn.Module):
+    def __init__(self, in_shape, n_classes):
+        super().__init__()
+        c, h, w = in_shape
+        self.layer = torch.nn.Linear(c * h * w, n_classes)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+class Short(Tiny):
+    def __init__(self, n_classes):
+        super().__init__((1, 4, 4), n_classes)
+
+class Wrong(Tiny):
+    def __init__(self, in_shape, n_classes):
+        super().__init__((1, 3, 3), n_classes)
+
+class Few(Tiny):
+    def __init__(self, in_shape, n_classes):
+        super().__init__(in_shape, 2)
+"""
+NETWORKS = {
+    "Tiny": (0, ""),
+    "Short": (2, "network(in_shape, n_classes)"),
+    "Wrong": (2, "expected logits (2, 10) for slices (2, 1, 4, 4)"),
+    "Few": (2, "received (2, 2)"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_of_ones_own(name: str, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the folder the command is called in, with a sentence on the contract where it is not kept."""
+    (tmp_path / "own_network.py").write_text(OWN_NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    code, said = NETWORKS[name]
+    assert stl("run", tmp_path, f"--model.network=own_network.{name}") == code
+    err = capfd.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+    if code == 0:
+        model = load_ensemble(tmp_path / "digits")
+        assert not model(torch.zeros(3, 1, 8, 8)).requires_grad
+
+
 def test_scoring_a_run_that_does_not_exist_makes_none(tmp_path: Path, capfd: Capture) -> None:
     assert stl("validate", tmp_path, "--run.name=typo") == 2
     assert "typo is not a run directory" in capfd.readouterr().err
@@ -206,6 +256,11 @@ def test_help_lists_every_command(args: list[str], capsys: Capture) -> None:
     assert main(args) == 0
     printed = capsys.readouterr().out
     assert all(f"  {name} " in printed for name in COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("stl_lightning 0.")
 
 
 def test_unknown_command(capsys: Capture) -> None:

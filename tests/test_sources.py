@@ -383,6 +383,10 @@ def test_arrays_keep_their_values_and_channels_come_first(tmp_path):
         ({"test_images": np.zeros((5, 4), np.uint8)}, r"received uint8 \(1, 4\)"),
         ({"test_images": np.zeros((5, 4, 4), np.int64)}, "int64"),
         ({"train_labels": np.array([{}] * 5)}, "cannot be read"),
+        ({"train_labels": np.array(["cat"] * 5)}, "whole numbers from 0"),
+        ({"train_labels": np.arange(1, 6)}, "whole numbers from 0, received int64 from 1"),
+        ({"test_labels": np.arange(4)}, "received 4 and 5"),
+        ({"test_images": np.zeros((5, 3, 8, 8), np.uint8)}, "channels last"),
     ],
 )
 def test_arrays_of_another_layout_are_refused(change, message, tmp_path):

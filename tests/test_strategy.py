@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from stl_lightning.errors import CommunicationError, ConfigError
 from stl_lightning.strategy import AloneEnvironment, IndependentStrategy, alone, pick_device
@@ -65,6 +66,13 @@ def test_a_process_group_that_appears_in_training_is_found(monkeypatch: pytest.M
     for hook in (strategy.on_train_start, strategy.on_train_end):
         with pytest.raises(CommunicationError, match="process group"):
             hook()
+
+
+def test_loggers_of_every_rank_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning silences ranks above 0, which it reads from the launcher's variables when it is imported."""
+    monkeypatch.setattr(rank_zero_only, "rank", 2)
+    IndependentStrategy("cpu", local_rank=2)
+    assert rank_zero_only.rank == 0
 
 
 def test_the_environment_knows_nobody_else() -> None:

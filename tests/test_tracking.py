@@ -23,6 +23,19 @@ def test_csv_has_a_row_an_epoch_with_every_column(tmp_path: Path) -> None:
     assert float(rows[2]["train/loss"]) < float(rows[0]["train/loss"])
 
 
+def test_csv_writes_the_rows_of_a_repeated_epoch_anew(tmp_path: Path) -> None:
+    """A branch that resumes from an epoch before its last row."""
+    paths = RunPaths(tmp_path).branch(0)
+    for epochs in (range(3), range(1, 3)):
+        logger = MetricsCSV(paths)
+        for epoch in epochs:
+            logger.log_metrics({"val/loss": 0.5, "epoch": epoch}, step=epoch)
+            logger.log_metrics({"train/loss": len(epochs), "epoch": epoch}, step=epoch)
+    with paths.metrics.open() as file:
+        rows = [(row["epoch"], row["train/loss"]) for row in csv.DictReader(file)]
+    assert rows == [("0", "3"), ("1", "2"), ("2", "2")]
+
+
 def test_tensorboard_events_carry_the_metrics(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -106,6 +106,7 @@ class SpectralCLI(LightningCLI):
         ensemble = self.ensemble_options
         find_candidates(ensemble.weighting, ensemble.space, self.data.n_branches, self.data.n_classes)
         module = built.model.build(self.data.in_shape, self.data.n_classes, self.data.seed, self.data.branch)
+        module.check_output(self.data.in_shape, self.data.n_classes)
         module.configure_optimizers()
         self.data.check()
 

@@ -28,7 +28,8 @@ def run(args: list[str]) -> int:
     branches = cli.owned_branches()
     claimed = cli.claim()
     n_failed = train_all([cli.job(claimed, branch) for branch in branches])
-    combine(claimed, cli.where_it_runs())
+    if n_failed < len(branches):
+        combine(claimed, cli.where_it_runs())
     return exit_code(n_failed)
 
 

@@ -68,7 +68,7 @@ def build_ensemble(jobs: Sequence[BranchJob], fitted: FittedEnsemble) -> Spectra
     branches = [load_best(job) for job in members]
     statistics = [(state["mean"], state["std"]) for state in (job.data.state_dict() for job in members)]
     slices = [job.data.slices for job in members]
-    return SpectralEnsemble(members[0].data.spectral, slices, statistics, branches, fitted).eval()
+    return SpectralEnsemble(members[0].data.spectral, slices, statistics, branches, fitted).eval().requires_grad_(False)
 
 
 def save_fitted(fitted: FittedEnsemble, path: Path) -> None:
