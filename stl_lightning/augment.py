@@ -111,10 +111,12 @@ def _central_box(height: int, width: int) -> tuple[int, int, int, int]:
 class PixelAugment:
     """Random crop and horizontal flip of whole images, the same on all ranks.
 
-    crop_pad: pixels of zero padding before a random crop of the original size; 0 is off.
-    flip: mirror every second image on average.
-    resized_crop: share of the area, from and to, that a resized crop keeps; (0.08, 1) in most ImageNet
-    recipes. It is done where a file is decoded, at full resolution, see `resized_crop_box`.
+    Args:
+        crop_pad: Pixels of zero padding before a random crop of the original size; 0 is off.
+        flip: Mirror every second image on average.
+        resized_crop: Share of the area, from and to, that a resized crop keeps; (0.08, 1) in most ImageNet recipes. It
+            is done where a file is decoded, at full resolution, see `resized_crop_box`.
+
     Raises: ConfigError for values out of range.
     """
 

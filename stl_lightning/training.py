@@ -1,6 +1,7 @@
 """Train one branch from its config: resume it, finish it, or record why it failed."""
 
 import copy
+import math
 import os
 import socket
 import time
@@ -154,9 +155,7 @@ def train_branch(job: BranchJob) -> Outcome:
 def _fit(job: BranchJob, status: Status) -> None:
     job.module = job.built_module()
     job.module.identity = job.run.identity(job.branch)
-    resume_from = job.paths.last if job.paths.last.exists() else None
-    if resume_from:
-        load_checkpoint(resume_from, job.module.identity)
+    resume_from = _resume_point(job)
     # Dropout masks must not be shared between branches, whatever the network's construction consumed.
     seed_everything(branch_seed(job.data.seed, job.branch), verbose=False)
     loggers = branch_loggers(job.tracking, job.paths, job.options.name, job.run.id, job.branch, job.job_type)
@@ -164,6 +163,18 @@ def _fit(job: BranchJob, status: Status) -> None:
     trainer.fit(job.module, datamodule=job.data, ckpt_path=resume_from, weights_only=True)
     if not job.paths.best.exists():  # trainer.max_steps ended it before the first validation
         trainer.save_checkpoint(job.paths.best, weights_only=True)
+
+
+def _resume_point(job: BranchJob) -> Path | None:
+    """`last.ckpt`, if there is one and the best weights so far are there too.
+
+    Where the user deleted a damaged `best.ckpt`, only training from the beginning finds those weights again.
+    """
+    if not job.paths.last.exists():
+        return None
+    checkpoint = load_checkpoint(job.paths.last, job.module.identity)
+    has_best = checkpoint["callbacks"][BestCheckpoint.__qualname__]["best"] > -math.inf
+    return None if has_best and not job.paths.best.exists() else job.paths.last
 
 
 def _training_trainer(job: BranchJob, status: Status, loggers: list[Logger]) -> Trainer:

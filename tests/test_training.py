@@ -318,3 +318,17 @@ def test_module_and_data_serve_a_trainer_of_ones_own(tmp_path: Path) -> None:
     assert scores["test/acc"] < 0.3
     batches = trainer.predict(module, datamodule=job.data)
     assert sum(len(labels) for _, labels in batches) == 288
+
+
+@pytest.mark.parametrize("step", [20, 999])
+def test_best_weights_that_were_deleted_are_trained_again(tmp_path: Path, step: int) -> None:
+    """After an interruption and after the end: never the last weights under the name of the best."""
+    undisturbed = make_job(tmp_path / "undisturbed")
+    train_branch(undisturbed)
+    first = make_job(tmp_path / "lost", trainer={"callbacks": [die_at(step)]})
+    train_branch(first)
+    first.paths.best.unlink()
+    again = make_job(tmp_path / "lost")
+    assert train_branch(again) == "finished"
+    assert_same(*(load_checkpoint(job.paths.best)["state_dict"] for job in (undisturbed, again)))
+    assert_same(weights(undisturbed), weights(again))

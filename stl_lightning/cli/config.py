@@ -56,17 +56,16 @@ class SpectralCLI(LightningCLI):
         parser.add_argument("--seed_everything", type=NonNegativeInt, default=0, help=help_text)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(Trainer, "trainer")
-        parser.add_lightning_class_args(BranchModule, "model")
+        """In the order of `--help`: what is ours first, the hundred lines of Lightning's Trainer last."""
+        parser.add_class_arguments(RunOptions, "run")
         # Built by the property `data`, once for all branches of this process, and not together with each module.
         parser.add_class_arguments(SpectralDataModule, "data", instantiate=False)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_class_arguments(RunOptions, "run")
-        parser.add_class_arguments(TrackingOptions, "tracking")
         parser.add_class_arguments(EnsembleOptions, "ensemble")
+        parser.add_class_arguments(TrackingOptions, "tracking")
         help_text = "Network that `stl baseline` trains on the whole image; null takes the class of the branches."
         parser.add_argument("--baseline.network", type=NetworkFactory | None, default=None, help=help_text)
+        parser.add_lightning_class_args(BranchModule, "model")
+        parser.add_lightning_class_args(Trainer, "trainer")
         parser.link_arguments("seed_everything", "data.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
