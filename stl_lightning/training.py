@@ -116,7 +116,7 @@ def check_branch(job: BranchJob) -> None:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
         raise RunError(
             f"branch {job.branch} of {job.run.paths.folder} is in training by process {status.pid} on {status.host} "
-            f"since {since}; wait for it, or end it"
+            f"since {since}; wait for it, or delete {job.paths.status} if that process is another program by now"
         )
 
 

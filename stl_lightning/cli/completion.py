@@ -9,7 +9,7 @@ SHELLS = ("bash", "zsh", "tcsh")
 
 
 def completion(args: list[str]) -> int:
-    """Print the script; `stl completion bash >> ~/.bashrc` installs it."""
+    """Print the script of one shell."""
     import shtab
 
     parser = argparse.ArgumentParser(prog="stl completion", description=COMMANDS["completion"][1])
