@@ -10,6 +10,8 @@ from stl_lightning.errors import STLError
 
 # name -> (module of the package `cli` that holds a function of that name, what it does)
 COMMANDS = {
+    "prepare": ("store", "write the slices of a data set once, so that a rank reads only its own"),
+    "verify": ("store", "compare the files of a slice store with their hashes"),
     "run": ("train", "train all branches on this machine, then make the ensemble"),
     "fit": ("train", "train the branches that this rank owns (under torchrun, srun or a SLURM array, or alone)"),
     "baseline": ("train", "train the conventional network on the whole image"),

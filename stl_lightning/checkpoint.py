@@ -1,8 +1,13 @@
-"""Checkpoints of a branch: written whole or not at all, read without executing them, resumed to the bit."""
+"""Checkpoints, one file a branch: written whole or not at all, read without executing them, resumed to the bit."""
 
+import copy
 import hashlib
 import math
 import pickle
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +16,111 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from stl_lightning.errors import CheckpointError
 from stl_lightning.module import IDENTITY
 from stl_lightning.paths import BranchPaths, write_atomically
+from stl_lightning.stacked import stack_optimizers, stack_states, unstack_optimizer, unstack_state
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes through a temporary file that is flushed and renamed; loads tensors and plain types only."""
+class BranchFiles(TorchCheckpointIO):
+    """Keeps the checkpoint of a process as one file a branch, whichever branches it trained together.
+
+    Lightning saves and loads one checkpoint; here it is taken apart, and put together again. A path without a folder
+    means the file of that name in the folder of each branch, `storage_options` chooses among the branches; any other
+    path means itself. Files are written through a temporary one that is flushed and renamed.
+
+    The best weights wait in memory until `last.ckpt` is written: a run that is killed goes on from there, and finds
+    them again. An epoch of a small network takes less time than the disk.
+    """
+
+    def __init__(self, branches: Sequence[BranchPaths]) -> None:
+        super().__init__()
+        self.branches = branches
+        self._waiting: dict[Path, dict[str, Any]] = {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+        if Path(path).name != str(path):
+            write_atomically(Path(path), partial(torch.save, checkpoint))
+            return
+        for i in range(len(self.branches)) if storage_options is None else storage_options:
+            self._waiting[self.branches[i].folder / path] = copy.deepcopy(take_apart(checkpoint, i))
+        if path != "best.ckpt":
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, the best weights first: `last.ckpt` says that they are there."""
+        for path in sorted(self._waiting, key=lambda path: path.name):
+            write_atomically(path, partial(torch.save, self._waiting[path]))
+        self._waiting.clear()
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        return load_checkpoint(Path(path))
+        if Path(path).name != str(path):
+            return load_checkpoint(Path(path))
+        return put_together([load_checkpoint(branch.folder / path) for branch in self.branches])
+
+
+def take_apart(checkpoint: dict[str, Any], i: int) -> dict[str, Any]:
+    """The checkpoint of the i-th of several branches that train together; undone by `put_together`.
+
+    Equivalent: the checkpoint that the branch would have written alone.
+    """
+    if len(checkpoint[IDENTITY]) == 1:
+        return checkpoint
+    return checkpoint | {key: PARTS[key].apart(value, i) for key, value in checkpoint.items() if key in PARTS}
+
+
+def put_together(checkpoints: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The checkpoint of branches that go on together from the same step."""
+    first = checkpoints[0]
+    if len(checkpoints) == 1:
+        return first
+    return first | {key: PARTS[key].together([of[key] for of in checkpoints]) for key in first if key in PARTS}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of `PARTS`: how an entry of a checkpoint is taken apart, and put together."""
+
+    apart: Callable[[Any, int], Any]
+    together: Callable[[Sequence[Any]], Any]
+
+
+def _module_apart(state: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+    network = {name: value for name, value in state.items() if name.startswith(NETWORK)}
+    return {name: value[i : i + 1] for name, value in state.items()} | unstack_state(network, i)
+
+
+def _modules_together(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    networks = [{name: value for name, value in state.items() if name.startswith(NETWORK)} for state in states]
+    return {
+        name: torch.cat([state[name] for state in states]) for name in states[0] if not name.startswith(NETWORK)
+    } | (stack_states(networks))
+
+
+def _lists_apart(lists: dict[str, list[Any]], i: int) -> dict[str, list[Any]]:
+    return {key: values[i : i + 1] for key, values in lists.items()}
+
+
+def _lists_together(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    return {key: [value for part in parts for value in part[key]] for key in parts[0]}
+
+
+NETWORK = "network."  # in the state of a BranchModule
+PARTS = {
+    IDENTITY: Part(lambda of, i: of[i : i + 1], lambda parts: [of for part in parts for of in part]),
+    "state_dict": Part(_module_apart, _modules_together),
+    "SpectralDataModule": Part(_lists_apart, _lists_together),
+    "optimizer_states": Part(
+        lambda states, i: [unstack_optimizer(state, i) for state in states],
+        lambda parts: [stack_optimizers(states) for states in zip(*parts, strict=True)],
+    ),
+    "callbacks": Part(
+        lambda of, i: of | {"BestCheckpoint": _lists_apart(of["BestCheckpoint"], i)},
+        lambda parts: parts[0] | {"BestCheckpoint": _lists_together([of["BestCheckpoint"] for of in parts])},
+    ),
+}
 
 
 def load_checkpoint(path: Path, identity: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -53,11 +149,11 @@ def load_checkpoint(path: Path, identity: dict[str, Any] | None = None) -> dict[
 
 def _check_identity(checkpoint: Any, identity: dict[str, Any], path: Path) -> None:
     found = checkpoint.get(IDENTITY) if isinstance(checkpoint, dict) else None
-    if found is None:
-        raise CheckpointError(f"{path} was not written by stl_lightning; delete it to train the branch again")
-    wrong = [key for key in identity if found.get(key) != identity[key]]
+    if not isinstance(found, list) or len(found) != 1:
+        raise CheckpointError(f"{path} was not written by this version; delete it to train the branch again")
+    wrong = [key for key in identity if found[0].get(key) != identity[key]]
     if wrong:
-        listed = ", ".join(f"{key} is {found.get(key)!r}, expected {identity[key]!r}" for key in wrong)
+        listed = ", ".join(f"{key} is {found[0].get(key)!r}, expected {identity[key]!r}" for key in wrong)
         raise CheckpointError(f"{path} belongs to another branch or run: {listed}")
 
 
@@ -68,37 +164,46 @@ def fingerprint(path: Path) -> str:
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `last.ckpt` after every epoch and, if asked, every so many steps; makes the resumed run bit-identical.
+    """Writes `last.ckpt`, from which a resumed run is bit-identical: at the end of epochs, and every so many steps.
 
-    Beyond what Lightning saves it keeps the state of the random generators (dropout). Validation runs before the end
-    of the epoch, so a checkpoint at that point has nothing left to repeat.
+    Epochs that end less than `every_s` seconds after the last file are passed over, but not the last one of a Trainer.
+    Beyond what Lightning saves it keeps the state of the random generators. Validation runs before the end of the epoch,
+    so a checkpoint at that point has nothing left to repeat. A branch that diverged keeps the file it has.
+
+    `before` is called before the file is written, to write what belongs to the same epochs.
     """
 
-    def __init__(self, paths: BranchPaths, every_n_steps: int | None = None) -> None:
-        self.paths = paths
+    def __init__(self, every_s: float, every_n_steps: int | None, before: Callable[[], None]) -> None:
+        self.every_s = every_s
         self.every_n_steps = every_n_steps
+        self.before = before
         self._rng: dict[str, Any] | None = None
-        self._step = 0
+        self._saved_step, self._saved_at = 0, -math.inf
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._step = trainer.global_step
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
         if self._rng is not None:
             _restore_rng(self._rng, module.device)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        # Between the batches of one accumulated step there are gradients, which no checkpoint holds.
-        has_stepped, self._step = trainer.global_step > self._step, trainer.global_step
-        is_due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        # The end of an epoch has its own checkpoint, after validation.
-        if has_stepped and is_due and not trainer.is_last_batch:
+        """Save at the end of the chunk in which a multiple of `every_n_steps` was passed."""
+        every = self.every_n_steps
+        is_due = every is not None and trainer.global_step // every > self._saved_step // every
+        # The end of an epoch has its own checkpoint, after validation. Between the minibatches of one accumulated step
+        # there are gradients, which no checkpoint holds.
+        if is_due and not trainer.is_last_batch and module.has_stepped:
             self._save(trainer, module)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._save(trainer, module)
+        is_last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        is_last |= 0 <= trainer.max_steps <= trainer.global_step
+        if is_last or time.monotonic() - self._saved_at >= self.every_s:
+            self._save(trainer, module)
 
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
-        module.stop_if_diverged()  # type: ignore[operator]
-        trainer.save_checkpoint(self.paths.last)
+        self.before()
+        trainer.save_checkpoint("last.ckpt", storage_options=alive(module))
+        self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["rng"] = _rng_state(module.device)
@@ -108,31 +213,55 @@ class LastCheckpoint(Checkpoint):
 
 
 class BestCheckpoint(Checkpoint):
-    """Keeps `best.ckpt`, the weights with the best value of `monitor` on the validation split; the first of equals.
+    """Keeps `best.ckpt` of each branch, the weights with the best value of `monitor` on the validation split.
 
-    Lightning's ModelCheckpoint forgets the best value when the run directory has been moved, and overwrites the file.
+    The first of equals. Lightning's ModelCheckpoint forgets the best value when the run directory has been moved, and
+    overwrites the file. With `patience`, a branch has reached its end after so many validations without a better value.
     """
 
-    def __init__(self, paths: BranchPaths, monitor: str) -> None:
-        self.paths = paths
+    def __init__(self, monitor: str, patience: int | None, n_branches: int) -> None:
         self.monitor = monitor
+        self.patience = patience
         self.sign = 1 if monitor.endswith("acc") else -1
-        self.best = -math.inf
+        self.best = [-math.inf] * n_branches
+        self.waited = [0] * n_branches  # validations since
 
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        value = self.sign * float(trainer.callback_metrics[self.monitor])
-        if value > self.best:  # never true of NaN
-            self.best = value
-            module.stop_if_diverged()  # type: ignore[operator]
-            trainer.save_checkpoint(self.paths.best, weights_only=True)
+        values = (self.sign * module.val_scores()[self.monitor]).tolist()
+        better = [i for i in alive(module) if values[i] > self.best[i]]  # never true of NaN
+        self.waited = [waited + 1 for waited in self.waited]
+        for i in better:
+            self.best[i], self.waited[i] = values[i], 0
+        if better:
+            trainer.save_checkpoint("best.ckpt", weights_only=True, storage_options=better)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """A run that was killed between its last epoch and its end has nothing left to do."""
+        self._stop_if_any_ended(trainer, module)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Leave when a branch has reached its end: the others go on without it, from the checkpoint of this epoch."""
+        self._stop_if_any_ended(trainer, module)
+
+    def _stop_if_any_ended(self, trainer: Trainer, module: Any) -> None:
+        if any(self.has_ended(i) or not module.is_alive(i) for i in range(len(self.best))):
+            trainer.should_stop = True
+
+    def has_ended(self, i: int) -> bool:
+        return self.patience is not None and self.waited[i] >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best, self.waited = list(state_dict["best"]), list(state_dict["waited"])
+
+
+def alive(module: Any) -> list[int]:
+    """The positions of the branches that have not diverged."""
+    return [i for i in range(module.n_branches) if module.is_alive(i)]
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:

@@ -1,27 +1,45 @@
-"""The slices of one branch as Lightning loaders: split, transform, standardise, nothing of the other branches."""
+"""The slices of the branches of a process as Lightning loaders: nothing of the other branches."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from stl_lightning.augment import PixelAugment
+from stl_lightning.augment import Augment, SliceAugment, can_augment_slices, check_augment
 from stl_lightning.errors import CheckpointError, ConfigError
 from stl_lightning.images import ImageArray, ImageFiles, as_float
 from stl_lightning.loaders import ResumableLoader
 from stl_lightning.ranks import RankInfo
-from stl_lightning.slices import BranchSlices, Statistics, measure, slices_of_branch
+from stl_lightning.slices import (
+    BranchSlices,
+    FromImages,
+    FromSlices,
+    InMemory,
+    RawSlices,
+    Statistics,
+    measure,
+    read_all,
+    slices_of_branch,
+    wanted,
+)
 from stl_lightning.sources import open_source
 from stl_lightning.spectral import SpectralSplit
+from stl_lightning.store import open_store
 
 Split = Literal["train", "val", "test"]
+File = Literal["train", "test"]  # what a source or store keeps; validation images are cut off the training ones
 
 # Mean and deviation are estimated on at most so many training images, and the KLT (which needs them all at once) on so
 # many; a random sample, since the training split is in random order. No rank has to decode ImageNet before it starts.
 STATISTICS_IMAGES = 10_000
 KLT_IMAGES = 2_000
+
+# A data set lives on the GPU if it takes at most this share of the memory that is free there.
+DEVICE_SHARE = 0.6
 
 
 def split_indices(n_images: int, val_size: int | float, seed: int) -> tuple[Tensor, Tensor]:
@@ -39,20 +57,21 @@ def split_indices(n_images: int, val_size: int | float, seed: int) -> tuple[Tens
 
 
 class SpectralDataModule(LightningDataModule):
-    """Emits the slice (or fixed tuple of slices) that one branch trains on.
+    """Emits the slice (or fixed tuple of slices) that one branch trains on; or those of several branches, stacked.
 
     Args:
         source: Data set: digits, mnist, fashionmnist, cifar10, cifar100, imagefolder, imagenet, npz.
         root: Folder the data set lies in, in torchvision's layout (npz: the file).
         download: Download the data set if it is not there.
         image_size: Height and width that files are decoded to (imagefolder and imagenet only).
+        store: Slice store to read from, made by `stl prepare`; the images themselves are not needed then.
         val_size: Validation share (below 1.0) or number of images, held out of the training images.
         reorganisation: How pixels form tubes: polyphase, tiles or raster.
         block: Pixels per tube, as (height, width) or one number for both; B is their product.
         transform: Transform along the tubes: dct, dct2, dft, hadamard, haar, identity, random or klt.
         pad: Pad an image that the block does not divide: reflect or zeros; null makes it an error.
         slices_per_branch: Slices a branch reads: its own and the lowest-frequency others.
-        augment: Random crop and flip of the training images before the split, the same on all ranks.
+        augment: Random changes of the training images, the same on all ranks; made inside the slice where that is exact.
         batch_size: Images per training batch.
         eval_batch_size: Images per validation, test or prediction batch.
         num_workers: Processes that read and decode image files.
@@ -60,6 +79,7 @@ class SpectralDataModule(LightningDataModule):
         seed: Seed of the validation split, the data order, the augmentation and the random transform.
         branch: Branch whose slices are emitted; null takes the first that this rank owns.
 
+    Shapes: x (n, c, h, w), for several branches (s, n, c, h, w); labels (n,), with mixup or cutmix targets (n, k).
     Raises: ConfigError and DataError at construction, before a GPU or a queue slot is used.
     """
 
@@ -69,13 +89,14 @@ class SpectralDataModule(LightningDataModule):
         root: str = "data",
         download: bool = False,
         image_size: int | None = None,
+        store: str | None = None,
         val_size: int | float = 0.1,
         reorganisation: str = "polyphase",
         block: int | tuple[int, int] = 2,
         transform: str = "dct2",
         pad: Literal["reflect", "zeros"] | None = None,
         slices_per_branch: int = 1,
-        augment: PixelAugment = PixelAugment(),  # noqa: B008 (frozen)
+        augment: Augment = Augment(),  # noqa: B008 (frozen)
         batch_size: int = 128,
         eval_batch_size: int = 1024,
         num_workers: int = 0,
@@ -84,8 +105,12 @@ class SpectralDataModule(LightningDataModule):
         branch: int | None = None,
     ) -> None:
         super().__init__()
-        self.source = open_source(source, root, download, image_size)
+        self.store = None if store is None else open_store(Path(store))
+        self.source = open_source(source, root, download, image_size) if self.store is None else self.store.source
         self.spectral = SpectralSplit(self.source.image_shape, block, reorganisation, transform, pad, seed)
+        if self.store is not None:
+            self.store.check({"source": source, **self._split_settings()})
+            _take_matrix(self.spectral, self.store.matrix)
         self.n_branches = self.spectral.n_slices
         self.n_classes = self.source.n_classes
         self.seed = seed
@@ -95,24 +120,33 @@ class SpectralDataModule(LightningDataModule):
         self.eval_batch_size = _at_least("data.eval_batch_size", eval_batch_size, 1)
         self.num_workers = _at_least("data.num_workers", num_workers, 0)
         self.slices_per_branch = slices_per_branch
-        self.augment = None if augment == PixelAugment() else augment
+        self.augment = None if augment == Augment() else augment
+        self.chunk: int | None = None  # training batches that the loader hands out at once
         self._images: dict[str, ImageArray | ImageFiles] = {}
-        self._indices: dict[str, Tensor] = {}
-        self._restored: dict[str, Any] | None = None
-        self.select_branch(RankInfo.detect().branches(self.n_branches)[0] if branch is None else branch)
+        self._restored: list[dict[str, Any]] | None = None
+        self.select_branches(RankInfo.detect().branches(self.n_branches)[:1] if branch is None else [branch])
 
-    def select_branch(self, branch: int) -> None:
-        """Emit the slices of `branch` from now on; images already read stay in memory."""
-        if not 0 <= branch < self.n_branches:
-            raise ConfigError(f"data.branch: expected 0 to {self.n_branches - 1}, got {branch}")
-        self.branch = branch
-        self.slices = slices_of_branch(branch, self.slices_per_branch, self.n_branches)
+    def select_branches(self, branches: Sequence[int]) -> None:
+        """Emit the slices of these branches from now on; images already read stay in memory.
+
+        Raises: ConfigError if there is no such branch, or they do not read the same number of channels.
+        """
+        if not branches or not all(0 <= branch < self.n_branches for branch in branches):
+            raise ConfigError(f"data.branch: expected 0 to {self.n_branches - 1}, got {list(branches)}")
+        self.branches = tuple(branches)
+        self.reads = tuple(slices_of_branch(b, self.slices_per_branch, self.n_branches) for b in branches)
+        self._held: Tensor | None = None  # training slices, computed once
         self._statistics: Statistics | None = None
 
     @property
+    def branch(self) -> int:
+        """The branch whose slices are emitted, the first of several."""
+        return self.branches[0]
+
+    @property
     def in_shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of what the branch reads: its slices stacked along the channels."""
-        shapes = [self.spectral.slice_shape(k) for k in self.slices]
+        """(c, h, w) of what a branch reads: its slices stacked along the channels."""
+        shapes = [self.spectral.slice_shape(k) for k in self.reads[0]]
         return (sum(c for c, _, _ in shapes), *shapes[0][1:])
 
     def check(self) -> None:
@@ -120,18 +154,22 @@ class SpectralDataModule(LightningDataModule):
 
         Raises: ConfigError and DataError.
         """
-        self._load("train")
-        self._images["train"].fetch(torch.arange(0), self.augment)  # an augmentation these images do not take
+        self._split("train")
+        if self.store is None:  # an augmentation these images do not take
+            self._load("train").fetch(torch.arange(0), self.augment, block=self.spectral.block)
+        elif self.augment is not None:  # or these slices
+            SliceAugment(self.augment, self.spectral, self.reads)
+        if self.augment is not None:
+            check_augment(self.augment, self.spectral)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the training images and estimate what is fitted to them: KLT, mean and deviation."""
+        """Read the training data, estimate what is fitted to them (KLT, mean, deviation), and split them if they fit."""
         if self._statistics is None:
-            self._load("train")
-            images, sample = self._images["train"], self._indices["train"][:STATISTICS_IMAGES]
             if not self.spectral.is_fitted:
-                self.spectral.fit(as_float(images.fetch(sample[:KLT_IMAGES])))
-            plain = BranchSlices(images, sample, self.spectral, self.slices)
-            self._statistics = measure(ResumableLoader(plain, self.eval_batch_size, num_workers=self.num_workers))
+                self.spectral.fit(klt_sample(self._load("train"), self._split("train")))
+            self._statistics = self._measure()
+        if stage == "fit" and self._held is None and self._can_hold_slices():
+            self._held = read_all(self._raw("train", None), len(self._labels("train")))
         self._check_restored()
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -139,20 +177,22 @@ class SpectralDataModule(LightningDataModule):
 
         Raises: CheckpointError if it is of another branch.
         """
-        self._check_branch(state)
-        self.spectral.matrix.copy_(state["matrix"])
-        self.spectral.is_fitted = True
-        self._statistics = Statistics(state["mean"], state["std"])
+        of_branches = state["branches"]
+        self._check_branches(of_branches)
+        _take_matrix(self.spectral, of_branches[0]["matrix"])
+        self._statistics = Statistics(*(torch.stack([of[name] for of in of_branches]) for name in ("mean", "std")))
 
     def slices_in(self, split: Split, training: bool = False) -> BranchSlices:
-        """The slices of this branch for one split; `training` adds the augmentation."""
+        """The slices of the branches for one split; `training` adds the augmentation."""
         self.setup()
-        self._load(split)
+        file: File = "test" if split == "test" else "train"
         augment = self.augment if training else None
-        images, indices = self._images[split], self._indices[split]
+        raw = self._raw(file, augment)
+        mixing = augment if augment is not None and augment.mixes else None
         return BranchSlices(
-            images, indices, self.spectral, self.slices, self._statistics, augment, self.seed
-        ).in_memory()
+            self._on_device(raw), self._labels(file), self._split(split), len(self.branches), self._statistics, mixing,
+            self.n_classes, self.seed,
+        )  # fmt: skip
 
     def loader(self, split: Split) -> ResumableLoader:
         """Batches of one split in stored order, without augmentation."""
@@ -160,7 +200,7 @@ class SpectralDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         slices = self.slices_in("train", training=True)
-        return ResumableLoader(slices, self.batch_size, seed=self.seed, num_workers=self.num_workers)
+        return ResumableLoader(slices, self.batch_size, self.seed, self.num_workers, self.chunk)
 
     def val_dataloader(self) -> ResumableLoader:
         return self.loader("val")
@@ -180,29 +220,36 @@ class SpectralDataModule(LightningDataModule):
             "n_classes": self.n_classes,
             "n_branches": self.n_branches,
             "val_size": self.val_size,
-            "reorganisation": self.spectral.reorganisation,
-            "block": self.spectral.block,
-            "transform": self.spectral.transform,
-            "pad": self.spectral.pad,
+            **self._split_settings(),
+            "stored_as": "float32" if self.store is None else self.store.dtype,
             "slices_per_branch": self.slices_per_branch,
             "augment": asdict(self.augment) if self.augment else None,
             "seed": self.seed,
         }
 
+    def _split_settings(self) -> dict[str, Any]:
+        return {name: getattr(self.spectral, name) for name in ("reorganisation", "block", "transform", "pad")}
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to be a member on its own: the slices it reads and how they are standardised."""
         self.setup()
         assert self._statistics is not None, "setup estimates the statistics"
+        statistics = zip(self.branches, self.reads, self._statistics.mean, self._statistics.std, strict=True)
         return {
-            "branch": self.branch,
-            "slices": list(self.slices),
-            "matrix": self.spectral.matrix,
-            "mean": self._statistics.mean,
-            "std": self._statistics.std,
+            "branches": [
+                {
+                    "branch": branch,
+                    "slices": list(reads),
+                    "matrix": self.spectral.matrix.cpu(),
+                    "mean": mean,
+                    "std": std,
+                }
+                for branch, reads, mean, std in statistics
+            ]
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
+        self._restored = state_dict["branches"]
         if self._statistics is not None:
             self._check_restored()
 
@@ -211,31 +258,75 @@ class SpectralDataModule(LightningDataModule):
         restored, self._restored = self._restored, None
         if restored is None:
             return
-        self._check_branch(restored)
-        now = self.state_dict()
-        for key in ("matrix", "mean", "std"):
-            if not torch.allclose(restored[key].cpu(), now[key], rtol=1e-3, atol=1e-4):
-                raise CheckpointError(
-                    f"the {key} of the training slices differs from the one in the checkpoint: are the data under "
-                    f"`data.root` the ones the run was started with?"
-                )
+        self._check_branches(restored)
+        for was, now in zip(restored, self.state_dict()["branches"], strict=True):
+            for key in ("matrix", "mean", "std"):
+                if not torch.allclose(was[key].cpu(), now[key], rtol=1e-3, atol=1e-4):
+                    raise CheckpointError(
+                        f"the {key} of the training slices differs from the one in the checkpoint: are the data under "
+                        f"`data.root` or in `data.store` the ones the run was started with?"
+                    )
 
-    def _check_branch(self, restored: dict[str, Any]) -> None:
-        for key, here in {"branch": self.branch, "slices": list(self.slices)}.items():
-            if restored[key] != here:
-                raise CheckpointError(f"the checkpoint was written for {key} {restored[key]}, this is {key} {here}")
+    def _check_branches(self, restored: Sequence[dict[str, Any]]) -> None:
+        for was, branch, reads in zip(restored, self.branches, self.reads, strict=True):
+            for key, here in {"branch": branch, "slices": list(reads)}.items():
+                if was[key] != here:
+                    raise CheckpointError(f"the checkpoint was written for {key} {was[key]}, this is {key} {here}")
 
-    def _load(self, split: Split) -> None:
-        if split in self._images:
-            return
+    def _load(self, file: File) -> ImageArray | ImageFiles:
+        if file not in self._images:
+            self._images[file] = self.source.load(file)
+        return self._images[file]
+
+    def _labels(self, file: File) -> Tensor:
+        return self._load(file).labels if self.store is None else self.store.labels(file)
+
+    def _split(self, split: Split) -> Tensor:
         if split == "test":
-            self._images["test"] = self.source.load("test")
-            self._indices["test"] = torch.arange(len(self._images["test"]))
-        else:
-            images = self.source.load("train")
-            train, val = split_indices(len(images), self.val_size, self.seed)
-            self._images |= {"train": images, "val": images}
-            self._indices |= {"train": train, "val": val}
+            return torch.arange(len(self._labels("test")))
+        train, val = split_indices(len(self._labels("train")), self.val_size, self.seed)
+        return train if split == "train" else val
+
+    def _measure(self) -> Statistics:
+        sample = self._split("train")[:STATISTICS_IMAGES]
+        plain = BranchSlices(self._raw("train", None), self._labels("train"), sample, len(self.branches))
+        loader = ResumableLoader(plain, self.eval_batch_size, num_workers=self.num_workers)
+        return measure(x if len(self.branches) > 1 else x[None] for x, _ in loader)
+
+    def _raw(self, file: File, augment: Augment | None) -> RawSlices:
+        held = self._held if file == "train" else None
+        if held is None and self.store is None:
+            return FromImages(self._load(file), self.spectral, self.reads, augment, self.seed)
+        inside = None if augment is None else SliceAugment(augment, self.spectral, self.reads)
+        if held is not None:
+            return InMemory(held, inside, self.seed)
+        assert self.store is not None, "there are images, or a store"
+        stored = {k: self.store.slice(file, k) for k in wanted(self.reads)}
+        return FromSlices(stored, self.reads, inside, self.seed)
+
+    def _can_hold_slices(self) -> bool:
+        """Whether training slices can be computed once: images in memory, changed in no way that slices do not take."""
+        if self.store is not None or isinstance(self._load("train"), ImageFiles):
+            return False
+        return self.augment is None or can_augment_slices(self.augment, self.spectral)
+
+    def _on_device(self, raw: RawSlices) -> RawSlices:
+        """On the device of the training, if all of it fits there beside a network."""
+        if self.trainer is None or self.trainer.strategy.root_device.type != "cuda":
+            return raw
+        device = self.trainer.strategy.root_device
+        return raw.to(device) if raw.n_bytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] else raw
+
+
+def klt_sample(images: ImageArray | ImageFiles, indices: Tensor) -> Tensor:
+    """The training images that the KLT is fitted on. Shapes: indices (n,) -> (at most KLT_IMAGES, c, H, W)."""
+    return as_float(images.fetch(indices[:KLT_IMAGES]))
+
+
+def _take_matrix(spectral: SpectralSplit, matrix: Tensor) -> None:
+    """The matrix that slices were made with; it decides where data decided the transform."""
+    spectral.matrix.copy_(matrix)
+    spectral.is_fitted = True
 
 
 def _at_least(setting: str, value: int, least: int) -> int:

@@ -15,6 +15,10 @@ class DataError(STLError):
     """Images or labels are missing, unreadable or out of range."""
 
 
+class StoreError(DataError):
+    """A slice store is missing, unfinished, damaged, unwritable, or was prepared with other settings."""
+
+
 class RunError(STLError):
     """A run directory is unwritable, belongs to other settings, or lacks what was asked of it."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stl_lightning.augment import PixelAugment, box_draws, resized_crop_box
+from stl_lightning.augment import Augment, box_draws, resized_crop_box
 from stl_lightning.errors import ConfigError, DataError
 
 
@@ -35,7 +35,12 @@ class ImageArray:
         return len(self.labels)
 
     def fetch(
-        self, indices: Tensor | np.ndarray, augment: PixelAugment | None = None, seed: int = 0, epoch: int = 0
+        self,
+        indices: Tensor | np.ndarray,
+        augment: Augment | None = None,
+        seed: int = 0,
+        epoch: int = 0,
+        block: tuple[int, int] = (1, 1),
     ) -> Tensor:
         """The images at `indices` (n,), augmented with the draws of (seed, epoch): (n, c, h, w) uint8.
 
@@ -47,7 +52,7 @@ class ImageArray:
                 f"received {augment.resized_crop}; use data.augment.crop_pad"
             )
         images = self.pixels[torch.as_tensor(indices)]
-        return augment(images, seed, epoch, indices) if augment else images
+        return augment(images, seed, epoch, indices, block) if augment else images
 
 
 class ImageFiles:
@@ -64,7 +69,12 @@ class ImageFiles:
         return len(self.labels)
 
     def fetch(
-        self, indices: Tensor | np.ndarray, augment: PixelAugment | None = None, seed: int = 0, epoch: int = 0
+        self,
+        indices: Tensor | np.ndarray,
+        augment: Augment | None = None,
+        seed: int = 0,
+        epoch: int = 0,
+        block: tuple[int, int] = (1, 1),
     ) -> Tensor:
         """The images at `indices` (n,), augmented with the draws of (seed, epoch): (n, 3, h, w) uint8.
 
@@ -78,7 +88,7 @@ class ImageFiles:
         for position, index in enumerate(indices):
             path = os.fsdecode(self.paths[int(index)])
             images[position] = _decode(path, self.image_size, scale, draws[position])
-        return augment(images, seed, epoch, indices) if augment else images
+        return augment(images, seed, epoch, indices, block) if augment else images
 
 
 def _decode(path: str, size: int, scale: tuple[float, float] | None, draws: np.ndarray) -> Tensor:

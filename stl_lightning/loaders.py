@@ -4,6 +4,7 @@ The order of an epoch depends on (seed, epoch) alone, so all branches see the im
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,24 @@ class BatchSource(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, positions: Tensor, epoch: int | None) -> tuple[Tensor, Tensor]:
-        """The inputs (n c h w) and labels (n,) at `positions` (n,); `epoch` selects the augmentation, None none."""
+        """The inputs and labels (or targets) at `positions` (n,); `epoch` selects the augmentation, None none."""
+
+
+class Chunk:
+    """Several training batches in a row, handed to Lightning as one: what a step costs there is paid once for all.
+
+    Iterates over (x, targets), once; each is fetched when it is asked for, so a chunk holds one batch at a time.
+    """
+
+    def __init__(self, batches: Iterator[tuple[Tensor, Tensor]], n_batches: int) -> None:
+        self.batches = batches
+        self.n_batches = n_batches
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return islice(self.batches, self.n_batches)
 
 
 def epoch_order(n_examples: int, seed: int, epoch: int) -> Tensor:
@@ -30,19 +48,27 @@ def epoch_order(n_examples: int, seed: int, epoch: int) -> Tensor:
 class ResumableLoader:
     """Iterates over the batches of the current epoch, in training order or (without a seed) in stored order.
 
-    `state_dict` counts the batches handed out, whatever worker processes have prefetched, so a run that continues from
-    it sees each of the remaining batches once.
+    With `chunk`, it yields a `Chunk` of so many batches at a time. `state_dict` counts the batches handed out, whatever
+    worker processes have prefetched, so a run that continues from it sees each of the remaining batches once.
     """
 
     batch_sampler = None  # Lightning looks for it wherever it finds a `sampler`
 
-    def __init__(self, source: BatchSource, batch_size: int, seed: int | None = None, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        source: BatchSource,
+        batch_size: int,
+        seed: int | None = None,
+        num_workers: int = 0,
+        chunk: int | None = None,
+    ) -> None:
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
+        self.chunk = chunk
         self.epoch = 0
-        self._handed_out = 0
+        self.position = 0  # batches handed out since the epoch began
         self._resume_at: tuple[int, int] | None = None
 
     @property
@@ -53,8 +79,13 @@ class ResumableLoader:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __len__(self) -> int:
+    @property
+    def n_batches(self) -> int:
+        """Batches of an epoch."""
         return -(-self._n_used() // self.batch_size)
+
+    def __len__(self) -> int:
+        return -(-self.n_batches // (self.chunk or 1))
 
     def _n_used(self) -> int:
         """All examples; but a last training batch of one is left out, because BatchNorm finds no variance in it."""
@@ -62,12 +93,19 @@ class ResumableLoader:
         is_alone = self.seed is not None and n > self.batch_size > 1 and n % self.batch_size == 1
         return n - is_alone
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
         # A generator: Lightning creates the iterator before it sets the epoch, and asks for the first batch after.
-        epoch = None if self.seed is None else self.epoch
         first = self._first_batch()
-        for n_handed_out, batch in enumerate(self._batches(epoch, first), start=first + 1):
-            self._handed_out = n_handed_out
+        batches = self._counted(first)
+        if self.chunk is None:
+            yield from batches
+            return
+        for start in range(first, self.n_batches, self.chunk):
+            yield Chunk(batches, min(self.chunk, self.n_batches - start))
+
+    def _counted(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch = None if self.seed is None else self.epoch
+        for self.position, batch in enumerate(self._batches(epoch, first), start=first + 1):
             yield batch
 
     def _first_batch(self) -> int:
@@ -96,7 +134,7 @@ class ResumableLoader:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "batches": self._handed_out}
+        return {"epoch": self.epoch, "batches": self.position, "chunk": self.chunk}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._resume_at = (state["epoch"], state["batches"])

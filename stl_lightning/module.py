@@ -1,31 +1,38 @@
-"""One branch as a LightningModule: network, loss, metrics, optimiser, schedule."""
+"""The branches that a process trains together, as one LightningModule: networks, loss, metrics, optimiser, schedule.
 
-import math
-from collections.abc import Callable, Iterable
+Letters: s branches, n samples, c channels, h w space, k classes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from stl_lightning.errors import ConfigError, DivergedError
+from stl_lightning.loaders import Chunk
 from stl_lightning.networks import MLP
+from stl_lightning.stacked import clip_gradients, stack, stacked_forward
 
-IDENTITY = "stl_lightning"  # key of the identity inside a checkpoint
+IDENTITY = "stl_lightning"  # key of the identities inside a checkpoint
 
 NetworkFactory = Callable[[tuple[int, int, int], int], nn.Module]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
-# On a GPU, reading the loss stops the queue of kernels: the step is noted on the device and read this often.
-LOSS_CHECK_STEPS = 50
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 class BranchModule(LightningModule):
-    """Trains one network on the slices of one branch with cross-entropy.
+    """Trains the networks of one branch or of several, stacked, with cross-entropy on the slices of each.
+
+    A batch of Lightning's is a chunk of minibatches; the module makes the steps itself, so that Lightning's cost of a
+    step is paid once a chunk.
 
     Args:
         network: Class of the branch network, called as network(in_shape, n_classes) with in_shape = (c, h, w).
@@ -33,8 +40,10 @@ class BranchModule(LightningModule):
         lr_scheduler: Class of the learning-rate schedule, called with the optimiser; null keeps the rate constant.
         lr_interval: Whether the schedule advances every `epoch` or every `step`.
         label_smoothing: Share of the target spread over all classes, as in torch.nn.CrossEntropyLoss.
+        channels_last: Keep images and filters with their channels last in memory; for convolutions in bf16.
+        compile: Mode of torch.compile for the network: default, reduce-overhead (CUDA graphs), max-autotune; null is off.
 
-    Raises: DivergedError that names the step, once the training loss is no longer finite.
+    Raises: DivergedError that names the step, once the training loss of every branch is no longer finite.
     """
 
     network: nn.Module | None
@@ -48,40 +57,60 @@ class BranchModule(LightningModule):
         lr_scheduler: SchedulerFactory | None = None,
         lr_interval: str = "epoch",
         label_smoothing: float = 0.0,
+        channels_last: bool = False,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
         if lr_interval not in ("epoch", "step"):
             raise ConfigError(f"model.lr_interval: expected epoch or step, got {lr_interval!r}")
         if not 0.0 <= label_smoothing < 1.0:
             raise ConfigError(f"model.label_smoothing: expected a share below 1, got {label_smoothing}")
+        if compile not in (None, *COMPILE_MODES):
+            raise ConfigError(f"model.compile: expected null or one of {', '.join(COMPILE_MODES)}, got {compile!r}")
+        self.automatic_optimization = False
         self.network_factory = network
         self.optimizer_factory = optimizer
         self.scheduler_factory = lr_scheduler
         self.lr_interval = lr_interval
         self.label_smoothing = label_smoothing
+        self.channels_last = channels_last
+        self.compile_mode = compile
         self.network = None
-        self.identity: dict[str, Any] = {}  # whose weights these are: run, branch, number of branches
+        self.identities: list[dict[str, Any]] = [{}]  # whose weights these are: run, branch, number of branches
+        self.gradient_clip: tuple[float, str] | None = None  # limit, and norm or value
+        self.accumulate = 1  # minibatches a step
+        self.has_stepped = True  # after the last minibatch
+
+    def build(
+        self, in_shape: tuple[int, int, int], n_classes: int, seed: int, branches: Sequence[int]
+    ) -> "BranchModule":
+        """Create the networks. The weights of a branch depend on (seed, branch) alone, not on what happened before."""
+        networks = [self._construct(in_shape, n_classes, branch_seed(seed, branch)) for branch in branches]
+        self.n_branches = len(networks)
+        self.network = networks[0] if len(networks) == 1 else stack(networks)
+        if self.channels_last:
+            self.network = self.network.to(memory_format=torch.channels_last)
         # Loss sum, correct answers and images since the epoch began. In the state, so that an epoch that was resumed
         # in the middle reports the same mean as an undisturbed one.
-        self.register_buffer("train_totals", torch.zeros(3))
-        self.register_buffer("diverged_at", torch.tensor(-1), persistent=False)
-
-    def build(self, in_shape: tuple[int, int, int], n_classes: int, seed: int, branch: int) -> "BranchModule":
-        """Create the network. Its weights depend on (seed, branch) alone, not on what the process did before."""
-        # On the CPU whatever the accelerator: another device would draw other numbers.
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.manual_seed(branch_seed(seed, branch))
-            self.network = self._construct(in_shape, n_classes)
+        self.register_buffer("train_totals", torch.zeros(self.n_branches, 3))
+        self.val_totals = torch.zeros(self.n_branches, 3)  # the same of the last validation
+        self.register_buffer("diverged_at", torch.full((self.n_branches,), -1), persistent=False)
+        self._forward = (
+            self._run_network if self.compile_mode is None else torch.compile(self._run_network, mode=self.compile_mode)
+        )
         return self
 
-    def _construct(self, in_shape: tuple[int, int, int], n_classes: int) -> nn.Module:
-        try:
-            return self.network_factory(in_shape, n_classes)
-        except TypeError as error:
-            raise ConfigError(
-                f"model.network: expected a class that is called as network(in_shape, n_classes), here "
-                f"{in_shape}, {n_classes}; it answered: {error}"
-            ) from error
+    def _construct(self, in_shape: tuple[int, int, int], n_classes: int, seed: int) -> nn.Module:
+        # On the CPU whatever the accelerator: another device would draw other numbers.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(seed)
+            try:
+                return self.network_factory(in_shape, n_classes)
+            except TypeError as error:
+                raise ConfigError(
+                    f"model.network: expected a class that is called as network(in_shape, n_classes), here "
+                    f"{in_shape}, {n_classes}; it answered: {error}"
+                ) from error
 
     def check_output(self, in_shape: tuple[int, int, int], n_classes: int) -> None:
         """Raises: ConfigError unless two slices (2 c h w) give logits (2 k)."""
@@ -95,9 +124,14 @@ class BranchModule(LightningModule):
             raise ConfigError(f"{expected}, received {received}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (n k) of standardised slices (n c h w)."""
+        """Logits of standardised slices: (n c h w) -> (n k) for one branch, (s n c h w) -> (s n k) for several."""
+        if self.channels_last:
+            x = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+        return self._forward(x)
+
+    def _run_network(self, x: Tensor) -> Tensor:
         assert self.network is not None, "build() comes before forward()"
-        return self.network(x)
+        return self.network(x) if self.n_branches == 1 else stacked_forward(self.network, x)
 
     def configure_optimizers(self) -> Any:
         assert self.network is not None, "build() comes before configure_optimizers()"
@@ -110,67 +144,157 @@ class BranchModule(LightningModule):
                 "model.lr_scheduler: ReduceLROnPlateau acts after an epoch's checkpoint is written, so a run that was "
                 "killed could not resume exactly; expected a schedule of steps or epochs, such as CosineAnnealingLR"
             )
-        return [optimizer], [{"scheduler": scheduler, "interval": self.lr_interval}]
+        return [optimizer], [scheduler]
 
     def on_train_epoch_start(self) -> None:
         self.train_totals.zero_()
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        x, labels = batch
-        logits = self(x)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        self._note(logits.detach(), labels, loss.detach())
-        return loss
+    def training_step(self, batch: Chunk | tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Make a step on each minibatch of a chunk, up to `trainer.max_steps`."""
+        first_step, losses, hits, sizes = self.trainer.global_step, [], [], []
+        for x, targets in self._minibatches(batch):
+            logits, loss = self._loss(x, targets)
+            (loss.sum() / self.accumulate).backward()
+            # Autocast keeps its copies of the weights until its context ends, which Lightning leaves after the chunk.
+            torch.clear_autocast_cache()
+            losses.append(loss.detach())
+            hits.append(_hits(logits.detach(), targets))
+            sizes.append(len(targets))
+            self._step_if_due()
+        self._note(torch.stack(losses), torch.stack(hits), torch.tensor(sizes), first_step)
+
+    def _minibatches(self, batch: Chunk | tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, targets in batch if isinstance(batch, Chunk) else [batch]:
+            x = self.trainer.precision_plugin.convert_input(x.to(self.device, non_blocking=True))
+            yield x, targets.to(self.device, non_blocking=True)
+            if 0 <= self.trainer.max_steps <= self.trainer.global_step:
+                return
+
+    def _loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (s n k) and the mean loss of each branch (s,)."""
+        logits = self(x).view(self.n_branches, len(targets), -1)
+        if self.n_branches == 1:
+            return logits, F.cross_entropy(logits[0], targets, label_smoothing=self.label_smoothing)[None]
+        repeated = targets.repeat(self.n_branches, *[1] * (targets.ndim - 1))
+        losses = F.cross_entropy(logits.flatten(0, 1), repeated, reduction="none", label_smoothing=self.label_smoothing)
+        return logits, losses.view(self.n_branches, -1).mean(1)
+
+    def _step_if_due(self) -> None:
+        self.has_stepped = self._is_due()
+        if not self.has_stepped:
+            return
+        assert self.network is not None, "build() comes before training"
+        if self.gradient_clip is not None:
+            clip_gradients(list(self.network.parameters()), *self.gradient_clip, self.n_branches)
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        # Lightning counts the steps that go through its wrapper of the optimiser, which takes longer than a small step.
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
+        if self.lr_interval == "step":
+            self._advance_schedule()
+
+    def _is_due(self) -> bool:
+        """Whether the gradients of `accumulate` minibatches, or of the last ones of an epoch, are there."""
+        if self.accumulate == 1:
+            return True
+        loader: Any = self.trainer.train_dataloader
+        n_batches = self.trainer.num_training_batches if loader.chunk is None else loader.n_batches
+        return loader.position % self.accumulate == 0 or loader.position == n_batches
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep the gradients that are being accumulated; others are gone already."""
+
+    def _advance_schedule(self) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.step()  # type: ignore[call-arg]
+
+    def _note(self, losses: Tensor, hits: Tensor, sizes: Tensor, first_step: int) -> None:
+        """Add up a chunk: losses and hits (m s) of m minibatches of `sizes` (m,)."""
+        sizes = sizes.to(losses.device)[:, None].expand_as(hits)
+        # One after the other, so that the rounding does not depend on where chunks begin.
+        for totals in torch.stack([losses.float() * sizes, hits, sizes], 2):
+            self.train_totals += totals
+        bad = ~losses.isfinite()
+        if bad.any():
+            first = first_step + bad.int().argmax(0) // self.accumulate
+            self.diverged_at = torch.where(bad.any(0) & (self.diverged_at < 0), first, self.diverged_at)
+            self.stop_if_diverged()
+
+    def train_scores(self) -> dict[str, Tensor]:
+        """Mean loss and accuracy of each branch (s,) since the epoch began."""
+        return _means("train", self.train_totals)
+
+    @property
+    def lr(self) -> float:
+        return self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"]  # type: ignore[union-attr]
 
     def on_train_epoch_end(self) -> None:
-        self.stop_if_diverged()
-        loss_sum, n_correct, n_images = self.train_totals.tolist()
-        lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        self.log_dict({"train/loss": loss_sum / n_images, "train/acc": n_correct / n_images, "lr": lr})
+        if self.lr_interval == "epoch":
+            self._advance_schedule()
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_totals = torch.zeros(self.n_branches, 3, device=self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        self._log_scores("val", batch)
+        self.val_totals += self._score("val", batch)
+
+    def val_scores(self) -> dict[str, Tensor]:
+        """Mean loss and accuracy of each branch (s,) in the last validation."""
+        return _means("val", self.val_totals)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        self._log_scores("test", batch)
+        self._score("test", batch)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> tuple[Tensor, Tensor]:
         x, labels = batch
         return self(x), labels
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[IDENTITY] = self.identity
+        checkpoint[IDENTITY] = self.identities
+
+    def is_alive(self, i: int) -> bool:
+        """Whether the training loss of the i-th branch has been finite so far."""
+        return int(self.diverged_at[i]) < 0
+
+    def divergence(self, i: int) -> DivergedError:
+        return DivergedError(
+            f"the training loss is not finite at step {int(self.diverged_at[i])}; lower model.optimizer.init_args.lr, "
+            "or set trainer.gradient_clip_val"
+        )
 
     def stop_if_diverged(self) -> None:
-        step = int(self.diverged_at)
-        if step >= 0:
-            raise DivergedError(
-                f"the training loss is not finite at step {step}; lower model.optimizer.init_args.lr, or set "
-                "trainer.gradient_clip_val"
-            )
+        """Raises: DivergedError if no branch is left to train."""
+        if not any(self.is_alive(i) for i in range(self.n_branches)):
+            raise self.divergence(0)
 
-    def _note(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
-        n_correct = (logits.argmax(1) == labels).sum()
-        n_images = labels.new_tensor(len(labels))
-        self.train_totals.add_(torch.stack([loss.float() * n_images, n_correct, n_images]))
-        if loss.device.type == "cpu":
-            if not math.isfinite(loss.item()):
-                self.diverged_at.fill_(self.global_step)
-                self.stop_if_diverged()
-            return
-        is_first = ~torch.isfinite(loss) & (self.diverged_at < 0)
-        self.diverged_at.masked_fill_(is_first, self.global_step)
-        if self.global_step % LOSS_CHECK_STEPS == 0:
-            self.stop_if_diverged()
-
-    def _log_scores(self, split: str, batch: tuple[Tensor, Tensor]) -> None:
+    def _score(self, split: str, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Loss sum, correct answers and images of each branch (s 3); logs the means over the branches."""
         x, labels = batch
-        logits = self(x).float()
-        scores = {
-            f"{split}/loss": F.cross_entropy(logits, labels),
-            f"{split}/acc": (logits.argmax(1) == labels).float().mean(),
-        }
-        self.log_dict(scores, on_epoch=True, on_step=False, batch_size=len(labels), prog_bar=True)
+        logits = self(x).float().view(self.n_branches, len(labels), -1)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(self.n_branches), reduction="none")
+        hits = _hits(logits, labels)
+        totals = torch.stack(
+            [losses.view(self.n_branches, -1).sum(1), hits, hits.new_tensor(len(labels)).expand_as(hits)], 1
+        )
+        scores = {name: values.mean() for name, values in _means(split, totals).items()}
+        # In training, the scores of each branch go to its own loggers.
+        to_logger = self.trainer.state.fn != TrainerFn.FITTING
+        self.log_dict(scores, on_epoch=True, on_step=False, batch_size=len(labels), prog_bar=True, logger=to_logger)
+        return totals
+
+
+def _means(split: str, totals: Tensor) -> dict[str, Tensor]:
+    loss_sum, n_correct, n_images = totals.T
+    return {f"{split}/loss": loss_sum / n_images, f"{split}/acc": n_correct / n_images}
+
+
+def _hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Correct answers of each branch (s,): logits (s n k), labels (n,); of mixed targets (n k) the larger share counts."""
+    labels = targets if targets.ndim == 1 else targets.argmax(1)
+    return (logits.argmax(-1) == labels).sum(-1)
 
 
 def branch_seed(seed: int, branch: int) -> int:

@@ -1,4 +1,4 @@
-"""Every path in a run directory, and the one way to write a file there: complete or not at all."""
+"""Every path in a run directory and in a slice store, and the one way to write a file there: complete or not at all."""
 
 import contextlib
 import json
@@ -67,6 +67,41 @@ class RunPaths:
     def baseline(self) -> "RunPaths":
         """The conventional network on the whole image is a run of one branch inside this one."""
         return RunPaths(self.folder / "baseline")
+
+
+@dataclass(frozen=True)
+class StorePaths:
+    """A slice store. Until it is complete it lies in `partial`, beside its final place."""
+
+    folder: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / "manifest.json"
+
+    def slice(self, split: str, k: int) -> Path:
+        return self.folder / split / f"slice-{k:02d}.npy"
+
+    def labels(self, split: str) -> Path:
+        return self.folder / split / "labels.npy"
+
+    @property
+    def partial(self) -> "StorePaths":
+        return StorePaths(self.folder.with_name(f"{self.folder.name}.partial"))
+
+    @property
+    def plan(self) -> Path:
+        """In `partial` only: what was decided before the first slice was written."""
+        return self.folder / "plan.json"
+
+    @property
+    def journal(self) -> Path:
+        """In `partial` only: the ranges of images that are written, and their sums."""
+        return self.folder / "journal.npy"
+
+    @property
+    def lock(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}.lock")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -6,9 +6,9 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from stl_lightning.errors import RunError, unknown
+from stl_lightning.errors import ConfigError, RunError, unknown
 from stl_lightning.paths import RunPaths, create_once, read_json
 
 MONITORS = ("val/acc", "val/loss")
@@ -23,19 +23,30 @@ class RunOptions:
         name: Name of the run: its folder under `root`, its group in W&B.
         root: Folder that holds the runs.
         branches: Branches to train; null takes those that this rank owns.
-        checkpoint_every_n_steps: Write `last.ckpt` this often besides at the end of every epoch; null does not.
+        checkpoint_every_n_steps: Write `last.ckpt` this often besides at the end of epochs; null does not.
+        checkpoint_every_s: Seconds between two ends of epochs that write `last.ckpt`; 0 writes it at each.
         monitor: Validation metric whose best value selects `best.ckpt`: val/acc or val/loss.
+        patience: Validations without a better `monitor` after which a branch ends; null trains to the last epoch.
+        stack: Train the branches of this process as one network: auto (where that is faster), true or false.
+        chunk: Minibatches that are handed to Lightning as one batch, which costs it as much as one.
     """
 
     name: str = "default"
     root: str = "runs"
     branches: list[int] | None = None
     checkpoint_every_n_steps: int | None = None
+    checkpoint_every_s: float = 10.0
     monitor: str = "val/acc"
+    patience: int | None = None
+    stack: Literal["auto"] | bool = "auto"
+    chunk: int = 50
 
     def __post_init__(self) -> None:
         if self.monitor not in MONITORS:
             raise unknown("run.monitor", self.monitor, MONITORS)
+        for name in ("patience", "chunk"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"run.{name}: expected at least 1, got {getattr(self, name)}")
 
     @property
     def paths(self) -> RunPaths:

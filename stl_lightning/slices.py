@@ -1,82 +1,207 @@
-"""The slices of one branch, a batch at a time: fetched, augmented, transformed, standardised.
+"""The slices of the branches of a process, a batch at a time: fetched, augmented, standardised, mixed.
 
-Letters: n samples, c channels, h w space.
+Letters: s branches, n samples, c channels, h w space, k classes.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stl_lightning.augment import PixelAugment
+from stl_lightning.augment import Augment, SliceAugment, mix
 from stl_lightning.errors import ConfigError, DataError
 from stl_lightning.images import ImageArray, ImageFiles, as_float
 from stl_lightning.spectral import SpectralSplit
 
+SPLIT_BATCH = 1024  # images that are split at once; bounds the memory beside the slices themselves
+
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and deviation of the training slices of a branch, per channel, each (c, 1, 1)."""
+    """Mean and deviation of the training slices of each branch, per channel, each (s, c, 1, 1)."""
 
     mean: Tensor
     std: Tensor
 
+    def standardise(self, x: Tensor) -> Tensor:
+        """(x - mean) / std in one pass over x. Shapes: (s, n, c, h, w) -> the same."""
+        scale = 1 / self.std[:, None]
+        return torch.addcmul(-self.mean[:, None] * scale, x, scale)
 
-@dataclass
-class BranchSlices:
-    """The images of one split as the slices of one branch: a `BatchSource`. Standardised if `statistics` are given.
+    def to(self, device: torch.device) -> "Statistics":
+        return Statistics(self.mean.to(device), self.std.to(device))
 
-    `cached` (n c h w) holds every slice where the images are fixed and fit in memory; otherwise a batch is read,
-    augmented and transformed when it is asked for.
-    """
+
+class RawSlices(Protocol):
+    """Where slices come from: images that are split when they are asked for, or slices that are there already."""
+
+    def fetch(self, indices: Tensor, epoch: int | None) -> Tensor:
+        """The slices (s n c h w) of the images at `indices` (n,); `epoch` selects the augmentation, None none."""
+
+    @property
+    def n_bytes(self) -> int:
+        """What it keeps in memory, or would on a device."""
+
+    def to(self, device: torch.device) -> "RawSlices": ...
+
+
+@dataclass(frozen=True)
+class FromImages:
+    """Slices of images that are read, augmented and split when they are asked for."""
 
     images: ImageArray | ImageFiles
-    indices: Tensor  # (n,) into images
     spectral: SpectralSplit
-    slices: tuple[int, ...]
-    statistics: Statistics | None = None
-    augment: PixelAugment | None = None
+    branches: tuple[tuple[int, ...], ...]  # the slices each branch reads
+    augment: Augment | None = None
     seed: int = 0
-    cached: Tensor | None = None
+
+    def fetch(self, indices: Tensor, epoch: int | None) -> Tensor:
+        augment = self.augment if epoch is not None else None
+        pixels = as_float(self.images.fetch(indices, augment, self.seed, epoch or 0, self.spectral.block))
+        return assemble(split(self.spectral, pixels, wanted(self.branches)), self.branches)
+
+    @property
+    def n_bytes(self) -> int:
+        return 0 if isinstance(self.images, ImageFiles) else self.images.pixels.nbytes
+
+    def to(self, device: torch.device) -> "FromImages":
+        if isinstance(self.images, ImageFiles):
+            return self
+        images = ImageArray(self.images.pixels.to(device), self.images.labels)
+        return replace(self, images=images, spectral=copy.deepcopy(self.spectral).to(device))
+
+
+class StoredSlice(Protocol):
+    """One slice of every image, in memory or in a file."""
+
+    @property
+    def n_bytes(self) -> int:
+        """What it takes in memory as it is kept."""
+
+    def gather(self, positions: Tensor) -> Tensor:
+        """Shapes: positions (n,) -> (n, c, h, w), float32."""
+
+    def to(self, device: torch.device) -> "StoredSlice": ...
+
+
+@dataclass(frozen=True)
+class FromSlices:
+    """Slices that were computed before; augmented, where that is exact, inside the slice."""
+
+    stored: Mapping[int, StoredSlice]
+    branches: tuple[tuple[int, ...], ...]
+    augment: SliceAugment | None = None
+    seed: int = 0
+
+    def fetch(self, indices: Tensor, epoch: int | None) -> Tensor:
+        x = assemble({k: slice_.gather(indices) for k, slice_ in self.stored.items()}, self.branches)
+        return x if self.augment is None or epoch is None else self.augment(x, self.seed, epoch, indices)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(slice_.n_bytes for slice_ in self.stored.values())
+
+    def to(self, device: torch.device) -> "FromSlices":
+        return replace(self, stored={k: slice_.to(device) for k, slice_ in self.stored.items()})
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """What each branch reads of every image, as one tensor (s, all, c, h, w), so that one copy gathers a batch."""
+
+    values: Tensor
+    augment: SliceAugment | None = None
+    seed: int = 0
+
+    def fetch(self, indices: Tensor, epoch: int | None) -> Tensor:
+        x = self.values.index_select(1, indices.to(self.values.device))
+        return x if self.augment is None or epoch is None else self.augment(x, self.seed, epoch, indices)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.values.nbytes
+
+    def to(self, device: torch.device) -> "InMemory":
+        return replace(self, values=self.values.to(device))
+
+
+@dataclass(frozen=True)
+class BranchSlices:
+    """The images of one split as the slices of the branches of this process: a `BatchSource`.
+
+    One branch gives (n c h w), several give (s n c h w). Mixing (mixup, cutmix) turns labels (n,) into targets (n k).
+    """
+
+    raw: RawSlices
+    labels: Tensor  # (n,) of all images
+    indices: Tensor  # (n,) of this split, into the images
+    n_branches: int
+    statistics: Statistics | None = None
+    mixing: Augment | None = None
+    n_classes: int = 0
+    seed: int = 0
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def batch(self, positions: Tensor, epoch: int | None) -> tuple[Tensor, Tensor]:
         indices = self.indices[positions]
-        labels = self.images.labels[indices]
-        if self.cached is not None:
-            return self.cached[positions], labels
-        pixels = self.images.fetch(indices, self.augment, seed=self.seed, epoch=epoch or 0)
-        x = self.spectral.slices(as_float(pixels), self.slices)
-        return (x - self.statistics.mean) / self.statistics.std if self.statistics else x, labels
-
-    def in_memory(self) -> "BranchSlices":
-        """Itself with every slice computed, if the images are in memory and never change."""
-        if isinstance(self.images, ImageArray) and self.augment is None:
-            chunks = torch.arange(len(self)).split(4096)
-            self.cached = torch.cat([self.batch(chunk, None)[0] for chunk in chunks])
-        return self
+        x, targets = self.raw.fetch(indices, epoch), self.labels[indices]
+        x = self.statistics.to(x.device).standardise(x) if self.statistics else x
+        if self.mixing is not None and epoch is not None:
+            size = len(indices)
+            x, targets = mix(self.mixing, x, targets, self.n_classes, self.seed, epoch, indices, size)
+        return x if self.n_branches > 1 else x[0], targets
 
 
-def measure(batches: Iterable[tuple[Tensor, Tensor]]) -> Statistics:
-    """Mean and deviation of slices that come in batches of (n c h w) and labels; summed up in float64.
+def wanted(branches: Sequence[tuple[int, ...]]) -> list[int]:
+    """The slices that any of the branches reads."""
+    return sorted({k for slices in branches for k in slices})
+
+
+def split(spectral: SpectralSplit, images: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
+    """Slices `ks` of images in one pass. Shapes: (n, c, H, W) -> (n, c_k, h, w) for each k."""
+    if len(ks) == spectral.n_slices:
+        return dict(enumerate(spectral(images)))
+    return {k: spectral.slice(images, k) for k in ks}
+
+
+def assemble(slices: Mapping[int, Tensor], branches: Sequence[tuple[int, ...]]) -> Tensor:
+    """What each branch reads: its slices (n c h w) side by side as channels, the branches (s n c h w) stacked."""
+    of_branches = [torch.cat([slices[k] for k in ks], 1) if len(ks) > 1 else slices[ks[0]] for ks in branches]
+    return torch.stack(of_branches) if len(of_branches) > 1 else of_branches[0][None]
+
+
+def read_all(raw: RawSlices, n_images: int) -> Tensor:
+    """What each branch reads of every image, computed once. Shapes: (s, n_images, c, h, w)."""
+    parts = torch.arange(n_images).split(SPLIT_BATCH)
+    first = raw.fetch(parts[0], None)
+    values = first.new_empty(len(first), n_images, *first.shape[2:])
+    for positions in parts:
+        values[:, positions[0] : positions[-1] + 1] = raw.fetch(positions, None)
+    return values
+
+
+def measure(batches: Iterable[Tensor]) -> Statistics:
+    """Mean and deviation of slices that come in batches of (s n c h w); summed up in float64.
 
     Raises: DataError if a value is not finite.
     """
     n, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for x, _ in batches:
-        n += x.numel() // x.shape[1]
-        total = total + x.double().sum((0, 2, 3))
-        squares = squares + x.double().square().sum((0, 2, 3))
+    for x in batches:
+        n += x[0, :, 0].numel()
+        total = total + x.double().sum((1, 3, 4))
+        squares = squares + x.double().square().sum((1, 3, 4))
     if not total.isfinite().all():
         raise DataError("data.root: expected finite images, received training images with NaN or infinity")
     mean = total / n
     std = (squares / n - mean.square()).clamp(min=0).sqrt()
     # A slice that is constant (a border that is always black) is centred and left unscaled.
     std = torch.where(std > 1e-6, std, torch.ones_like(std))
-    return Statistics(mean.float()[:, None, None], std.float()[:, None, None])
+    return Statistics(mean.float()[..., None, None], std.float()[..., None, None])
 
 
 def slices_of_branch(branch: int, slices_per_branch: int, n_slices: int) -> tuple[int, ...]:

@@ -1,8 +1,10 @@
 """What a branch is doing, as a small file that its owner rewrites: `branches/NN/status.json`."""
 
+import math
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -49,24 +51,29 @@ def write_status(paths: BranchPaths, status: Status) -> None:
 
 
 class StatusWriter(Callback):
-    """Keeps `status.json` of the branch in training up to date, every epoch and every `HEARTBEAT_S` seconds."""
+    """Keeps the `status.json` of each branch in training up to date, every `HEARTBEAT_S` seconds."""
 
-    def __init__(self, paths: BranchPaths, status: Status) -> None:
-        self.paths = paths
-        self.status = status
+    def __init__(self, branches: Sequence[tuple[BranchPaths, Status]]) -> None:
+        self.branches = branches
+        self._last = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if time.time() - self.status.heartbeat > HEARTBEAT_S:
-            self._write(trainer)
+        if time.monotonic() - self._last > HEARTBEAT_S:
+            self._write(trainer, module)
 
-    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._write(trainer)
+    def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
+        for (_, status), loss in zip(self.branches, module.val_scores()["val/loss"].tolist(), strict=True):
+            status.loss = loss if math.isfinite(loss) else None
+        self.on_train_batch_end(trainer, module)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._write(trainer, module)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._write(trainer)
+        self._write(trainer, module)
 
-    def _write(self, trainer: Trainer) -> None:
-        self.status.epoch, self.status.step = trainer.current_epoch, trainer.global_step
-        loss = trainer.callback_metrics.get("val/loss")
-        self.status.loss = float(loss) if loss is not None and loss.isfinite() else None
-        write_status(self.paths, self.status)
+    def _write(self, trainer: Trainer, module: LightningModule) -> None:
+        self._last = time.monotonic()
+        for paths, status in self.branches:
+            status.epoch, status.step = trainer.current_epoch, trainer.global_step
+            write_status(paths, status)

@@ -4,13 +4,14 @@ import csv
 import io
 import netrc
 import os
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from stl_lightning.errors import ConfigError
@@ -44,7 +45,7 @@ class TrackingOptions:
 
 
 class MetricsCSV(Logger):
-    """One row an epoch. A run that resumes drops the rows from its first epoch on and writes them anew."""
+    """One row an epoch, written by `save`. A run that resumes drops the rows from its first epoch on."""
 
     COLUMNS = ("epoch", "step", "train/loss", "train/acc", "val/loss", "val/acc", "lr", "epoch_s")
 
@@ -52,7 +53,6 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = paths.metrics
         self._rows = _read_rows(self.path)
-        self._row: dict[str, Any] = {}
         self._since = time.perf_counter()
 
     @property
@@ -67,16 +67,18 @@ class MetricsCSV(Logger):
         """Nothing to do: the settings are in config.yaml."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Collect the values of an epoch; Lightning sends the training means last."""
-        self._row |= {key: value for key, value in metrics.items() if key in self.COLUMNS}
+        """Write the row of an epoch; what callbacks of the user log besides has no column."""
         if "train/loss" not in metrics:
             return
         now = time.perf_counter()
-        epoch = int(metrics["epoch"])
-        row = self._row | {"epoch": epoch, "step": step, "epoch_s": round(now - self._since, 4)}
-        self._rows = [old for old in self._rows if int(old["epoch"]) < epoch] + [row]
-        self._row, self._since = {}, now
-        write_atomically(self.path, lambda file: file.write(self._text().encode()))
+        row: dict[str, Any] = {key: value for key, value in metrics.items() if key in self.COLUMNS}
+        row |= {"step": step, "epoch_s": round(now - self._since, 4)}
+        self._rows = [old for old in self._rows if int(old["epoch"]) < row["epoch"]] + [row]
+        self._since = now
+
+    def save(self) -> None:
+        if self._rows:
+            write_atomically(self.path, lambda file: file.write(self._text().encode()))
 
     def _text(self) -> str:
         text = io.StringIO()
@@ -84,6 +86,31 @@ class MetricsCSV(Logger):
         writer.writeheader()
         writer.writerows(self._rows)
         return text.getvalue()
+
+
+class EpochLogger(Callback):
+    """Sends the means of an epoch to the loggers of each branch. Nothing is logged a step."""
+
+    def __init__(self, branches: Sequence[Sequence[Logger]]) -> None:
+        self.branches = branches
+        self._validated_at = -1
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._validated_at = trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
+        scores = module.train_scores() | (module.val_scores() if self._validated_at == trainer.current_epoch else {})
+        shared = {"lr": module.lr, "epoch": trainer.current_epoch}
+        for i, loggers in enumerate(self.branches):
+            row = {name: float(values[i]) for name, values in scores.items()} | shared
+            for logger in loggers:
+                logger.log_metrics(row, trainer.global_step)
+
+    def save(self) -> None:
+        """Write what is kept in memory, before the checkpoint after which a killed run goes on."""
+        for loggers in self.branches:
+            for logger in loggers:
+                logger.save()
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -106,11 +133,11 @@ def branch_loggers(
     return loggers
 
 
-def close() -> None:
-    """End the W&B run of this process, if it has one: the next branch could not begin one of its own otherwise."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish()
+def close(loggers: Sequence[Logger]) -> None:
+    """End the W&B runs among these loggers."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def wandb_logger(
@@ -126,6 +153,7 @@ def wandb_logger(
         resume="allow",
         save_dir=folder,
         offline=_wandb_is_offline(options),
+        reinit="create_new",  # branches that train together each have a run of their own
     )
 
 
@@ -137,7 +165,7 @@ def log_ensemble(options: TrackingOptions, run: Run, run_name: str, results: dic
     numbers = {f"test/{name}": value for name, value in results["ensemble"].items()}
     logger.log_metrics(numbers | {"test/mean": results["mean"], "test/highest": results["highest"]})
     logger.experiment.config.update({key: results[key] for key in ("weighting", "space", "temperature", "members")})
-    close()
+    close([logger])
 
 
 def _wandb_is_offline(options: TrackingOptions) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from stl_lightning.augment import PixelAugment
+from stl_lightning.augment import Augment
 from stl_lightning.datamodule import SpectralDataModule, split_indices
 from stl_lightning.errors import CheckpointError, ConfigError
 from stl_lightning.loaders import ResumableLoader, epoch_order
@@ -29,11 +29,11 @@ def test_the_branches_together_hold_the_image_and_nothing_else(transform: str) -
     data = module(transform=transform)
     slices = []
     for branch in range(data.n_branches):
-        data.select_branch(branch)
+        data.select_branches([branch])
         fed = data.slices_in("val")
         assert fed.batch(torch.arange(5), None)[0].shape[1:] == data.in_shape
-        slices.append(everything(data.loader("val"))[0] * fed.statistics.std + fed.statistics.mean)
-    pixels = fed.images.fetch(fed.indices)
+        slices.append(everything(data.loader("val"))[0] * fed.statistics.std[0] + fed.statistics.mean[0])
+    pixels = data.source.load("train").fetch(fed.indices)
     torch.testing.assert_close(data.spectral.inverse(slices) * 255, pixels.float(), atol=1e-2, rtol=0)
 
 
@@ -48,7 +48,7 @@ def test_a_constant_slice_stays_finite() -> None:
     """Digits have columns that are always black: a polyphase component of a large block never changes."""
     data = module(block=8, transform="identity")
     for branch in range(data.n_branches):
-        data.select_branch(branch)
+        data.select_branches([branch])
         assert everything(data.val_dataloader())[0].isfinite().all()
 
 
@@ -78,21 +78,22 @@ def test_the_order_changes_with_the_epoch() -> None:
 
 def test_augmentation_is_of_the_image_and_the_same_for_every_branch() -> None:
     """The slices that all branches were fed for one batch are those of one augmented image each."""
-    augment = PixelAugment(crop_pad=2, flip=True)
+    augment = Augment(crop_pad=2, flip=True)
     data = module(augment=augment, seed=7)
     fed = []
     for branch in range(data.n_branches):
-        data.select_branch(branch)
+        data.select_branches([branch])
         part = data.slices_in("train", training=True)
-        fed.append(part.batch(torch.arange(64), epoch=2)[0] * part.statistics.std + part.statistics.mean)
+        fed.append(part.batch(torch.arange(64), epoch=2)[0] * part.statistics.std[0] + part.statistics.mean[0])
     indices = part.indices[:64]
-    pixels = part.images.fetch(indices, augment, seed=7, epoch=2)
+    images = data.source.load("train")
+    pixels = images.fetch(indices, augment, seed=7, epoch=2)
     torch.testing.assert_close(data.spectral.inverse(fed) * 255, pixels.float(), atol=1e-2, rtol=0)
-    assert not torch.equal(pixels, part.images.fetch(indices))
+    assert not torch.equal(pixels, images.fetch(indices))
 
 
 def test_validation_is_not_augmented() -> None:
-    plain, augmented = module(), module(augment=PixelAugment(crop_pad=2, flip=True))
+    plain, augmented = module(), module(augment=Augment(crop_pad=2, flip=True))
     assert torch.equal(everything(plain.val_dataloader())[0], everything(augmented.val_dataloader())[0])
 
 
@@ -109,7 +110,7 @@ def test_a_loader_goes_on_where_its_state_says(first: int, num_workers: int) -> 
     interrupted = loader()
     seen = [batch for batch, _ in zip(interrupted, range(first), strict=False)]
     resumed = loader()
-    resumed.load_state_dict({"epoch": 4, "batches": first})
+    resumed.load_state_dict({"epoch": 4, "batches": first, "chunk": None})
     rest = list(resumed)
     whole = list(loader())
     assert len(rest) == len(whole) - first
@@ -180,7 +181,7 @@ def test_files_are_decoded_in_workers_with_the_same_result(tmp_path: Path) -> No
                 )
                 Image.fromarray(pixels.numpy()).save(tmp_path / split / label / f"{i}.png")
     settings = {"source": "imagefolder", "root": str(tmp_path), "image_size": 16, "batch_size": 4}
-    settings["augment"] = PixelAugment(flip=True, resized_crop=(0.3, 1.0))
+    settings["augment"] = Augment(flip=True, resized_crop=(0.3, 1.0))
     alone, helped = (module(**settings, num_workers=n).train_dataloader() for n in (0, 2))
     for (x, y), (x_expected, y_expected) in zip(helped, alone, strict=True):
         assert torch.equal(x, x_expected)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from test_training import make_job
+from test_training import make_job, train_branch
 
 from stl_lightning.ensemble import metrics
 from stl_lightning.ensemble.evaluate import evaluate
@@ -16,7 +16,7 @@ from stl_lightning.ensemble.options import EnsembleOptions
 from stl_lightning.errors import RunError
 from stl_lightning.paths import BranchPaths, read_json, write_json
 from stl_lightning.report.table import print_results
-from stl_lightning.training import BranchJob, train_branch
+from stl_lightning.training import BranchJob
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ PACKAGE = CHECKOUT / "stl_lightning"
 
 # Each may import from those before it (and from its own room).
 ROOMS = [
-    "errors", "ranks", "paths", "run", "spectral", "augment", "images", "sources", "loaders", "slices", "datamodule",
-    "networks", "module", "strategy", "checkpoint", "status", "tracking", "training", "ensemble", "report",
-    "__main__", "cli",
+    "errors", "ranks", "paths", "run", "spectral", "augment", "images", "sources", "store", "loaders", "slices",
+    "datamodule", "networks", "stacked", "module", "strategy", "checkpoint", "status", "tracking", "training", "ensemble",
+    "report", "__main__", "cli",
 ]  # fmt: skip
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -74,5 +74,6 @@ def test_optional_packages_are_imported_only_when_used(name: str) -> None:
 
 
 def test_the_light_commands_import_no_torch() -> None:
-    code = "import sys, stl_lightning.__main__, stl_lightning.cli.ensemble; sys.exit('torch' in sys.modules)"
+    modules = "stl_lightning.__main__, stl_lightning.cli.ensemble, stl_lightning.cli.store"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True)

@@ -15,7 +15,8 @@ from sklearn.datasets import load_digits
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 from torchvision.transforms import functional as reference
 
-from stl_lightning.augment import BOX, FLIP, PixelAugment, box_draws, resized_crop_box, uniform
+from stl_lightning.augment import Augment, box_draws, resized_crop_box, uniform
+from stl_lightning.augment.draws import BOX, FLIP
 from stl_lightning.errors import ConfigError, DataError
 from stl_lightning.images import ImageArray, ImageFiles
 from stl_lightning.sources import SOURCES, Source, open_source
@@ -129,7 +130,7 @@ def test_fetched_images_do_not_depend_on_the_batching(name, opened):
     data = opened(name).load("train")
     order = torch.randperm(min(len(data), 12), generator=torch.Generator().manual_seed(0))
     scale = (0.3, 1.0) if isinstance(data, ImageFiles) else None
-    augment = PixelAugment(crop_pad=2, flip=True, resized_crop=scale)
+    augment = Augment(crop_pad=2, flip=True, resized_crop=scale)
     whole = data.fetch(order, augment, seed=3, epoch=2)
     parts = torch.cat([data.fetch(part.numpy(), augment, seed=3, epoch=2) for part in order.split(5)])
     assert torch.equal(parts, whole)
@@ -214,7 +215,7 @@ def test_files_are_cropped_at_full_resolution_with_the_shared_draws(tmp_path):
     write_folders(tmp_path)
     data = open_source("imagefolder", tmp_path, image_size=SIZE).load("train")
     indices = torch.tensor([7, 2, 11])
-    result = data.fetch(indices, PixelAugment(flip=True, resized_crop=(0.2, 0.9)), seed=1, epoch=6)
+    result = data.fetch(indices, Augment(flip=True, resized_crop=(0.2, 0.9)), seed=1, epoch=6)
     flips = uniform(1, 6, indices, BOX)[:, FLIP] < 0.5
     for image, index, draws, flip in zip(result, indices, box_draws(1, 6, indices), flips, strict=True):
         original = Image.open(data.paths[index].decode())
@@ -327,7 +328,7 @@ def test_an_option_a_source_does_not_take_is_refused(name, options, setting, tmp
 
 def test_resized_crop_of_an_array_is_refused():
     with pytest.raises(ConfigError, match=r"data.augment.resized_crop"):
-        open_source("digits").load("train").fetch(torch.arange(2), PixelAugment(resized_crop=(0.5, 1.0)))
+        open_source("digits").load("train").fetch(torch.arange(2), Augment(resized_crop=(0.5, 1.0)))
 
 
 def test_an_unknown_split_is_refused():

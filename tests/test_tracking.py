@@ -5,11 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
-from test_training import die_at, make_job
+from test_training import die_at, make_job, train_branch
 
 from stl_lightning.paths import RunPaths
 from stl_lightning.tracking import MetricsCSV, TrackingOptions, _wandb_is_offline, branch_loggers, log_ensemble
-from stl_lightning.training import train_branch
 
 
 def test_csv_has_a_row_an_epoch_with_every_column(tmp_path: Path) -> None:
@@ -29,8 +28,8 @@ def test_csv_writes_the_rows_of_a_repeated_epoch_anew(tmp_path: Path) -> None:
     for epochs in (range(3), range(1, 3)):
         logger = MetricsCSV(paths)
         for epoch in epochs:
-            logger.log_metrics({"val/loss": 0.5, "epoch": epoch}, step=epoch)
-            logger.log_metrics({"train/loss": len(epochs), "epoch": epoch}, step=epoch)
+            logger.log_metrics({"train/loss": len(epochs), "val/loss": 0.5, "epoch": epoch}, step=epoch)
+        logger.save()
     with paths.metrics.open() as file:
         rows = [(row["epoch"], row["train/loss"]) for row in csv.DictReader(file)]
     assert rows == [("0", "3"), ("1", "2"), ("2", "2")]

@@ -26,7 +26,7 @@ from stl_lightning.slices import Statistics
 from stl_lightning.status import Status, read_status, write_status
 from stl_lightning.strategy import alone
 from stl_lightning.tracking import TrackingOptions
-from stl_lightning.training import BranchJob, check_branch, train_branch
+from stl_lightning.training import BranchJob, check_branch, make_trainer, train_branches
 
 
 class Dropped(Exception):
@@ -63,14 +63,22 @@ def make_job(root: Path, branch: int = 0, seed: int = 0, config: str = "a: 1", *
     paths = RunPaths(root)
     trainer = {"max_epochs": 3, "accelerator": "cpu", "enable_progress_bar": False}
     trainer |= changes.pop("trainer", {})
+    lr = changes.pop("lr", 1e-3)
     module = BranchModule(
         changes.pop("network", noisy_mlp),
-        lambda parameters: torch.optim.Adam(parameters, lr=changes.pop("lr", 1e-3)),
+        lambda parameters: torch.optim.Adam(parameters, lr=lr),
         lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3 * 12),
         lr_interval="step",
     )
-    options = RunOptions(checkpoint_every_n_steps=5)
+    options = RunOptions(**{"checkpoint_every_n_steps": 5, "checkpoint_every_s": 0.0} | changes.pop("options", {}))
     return BranchJob(claim_run(paths, data.agreement()), data, module, trainer, config, options, TrackingOptions())
+
+
+def train_branch(job: BranchJob) -> str:
+    """Train one branch alone; how it ended."""
+    outcomes: list[str] = []
+    train_branches([job], lambda _, outcome: outcomes.append(outcome))
+    return outcomes[0]
 
 
 def weights(job: BranchJob) -> dict[str, Tensor]:
@@ -106,7 +114,7 @@ def test_a_run_that_died_resumes_to_the_same_bits(tmp_path: Path, step: int) -> 
 
 def test_weights_depend_on_seed_and_branch_alone(tmp_path: Path) -> None:
     def built(branch: int, seed: int) -> dict[str, Tensor]:
-        return BranchModule(noisy_mlp, torch.optim.Adam).build((1, 4, 4), 10, seed, branch).state_dict()
+        return BranchModule(noisy_mlp, torch.optim.Adam).build((1, 4, 4), 10, seed, [branch]).state_dict()
 
     first = built(1, 0)
     torch.rand(7)
@@ -120,7 +128,7 @@ def test_building_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    BranchModule(noisy_mlp, torch.optim.Adam).build((1, 4, 4), 10, 0, 0)
+    BranchModule(noisy_mlp, torch.optim.Adam).build((1, 4, 4), 10, 0, [0])
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -169,7 +177,7 @@ class Payload:
 
 
 def identity(**changes: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda checkpoint: checkpoint | {"stl_lightning": checkpoint["stl_lightning"] | changes}
+    return lambda checkpoint: checkpoint | {"stl_lightning": [checkpoint["stl_lightning"][0] | changes]}
 
 
 DAMAGES = {
@@ -180,7 +188,7 @@ DAMAGES = {
     "executes": (forge(lambda checkpoint: checkpoint | {"x": Payload()}), "would execute code"),
     "other branch": (forge(identity(branch=3)), "branch is 3, expected 0"),
     "other run": (forge(identity(run="ffffffff")), "run is 'ffffffff'"),
-    "foreign": (forge(lambda checkpoint: checkpoint["state_dict"]), "not written by stl_lightning"),
+    "foreign": (forge(lambda checkpoint: checkpoint["state_dict"]), "not written by this version"),
 }
 
 
@@ -201,9 +209,9 @@ def test_a_bad_checkpoint_fails_its_branch_alone(tmp_path: Path, damage: str, mo
 def test_trainer_settings_of_ours_are_refused(tmp_path: Path) -> None:
     for key, value in {"strategy": "ddp", "devices": 2, "num_nodes": 4, "logger": False}.items():
         with pytest.raises(ConfigError, match=f"trainer.{key}"):
-            make_job(tmp_path, trainer={key: value}).trainer()
+            make_trainer([make_job(tmp_path, trainer={key: value})])
     with pytest.raises(ConfigError, match=r"trainer\.max_epochs"):
-        make_job(tmp_path, trainer={"max_epochs": None}).trainer()
+        make_trainer([make_job(tmp_path, trainer={"max_epochs": None})])
 
 
 def test_a_plateau_schedule_is_refused(tmp_path: Path) -> None:
@@ -213,12 +221,12 @@ def test_a_plateau_schedule_is_refused(tmp_path: Path) -> None:
     assert "ReduceLROnPlateau" in read_status(job.paths, 0).error
 
 
-def test_a_branch_refuses_data_it_was_not_trained_on(tmp_path: Path) -> None:
+def test_a_branch_refuses_data_it_was_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make_job(tmp_path, trainer={"callbacks": [die_at(13)]})
     train_branch(first)
     again = make_job(tmp_path)
-    again.data.setup()
-    again.data._statistics = Statistics(again.data._statistics.mean + 1.0, again.data._statistics.std)
+    other = Statistics(torch.full((1, 1, 1, 1), 9.0), torch.ones(1, 1, 1, 1))
+    monkeypatch.setattr("stl_lightning.datamodule.measure", lambda _: other)
     assert train_branch(again) == "failed"
     assert "data.root" in read_status(again.paths, 0).error
 

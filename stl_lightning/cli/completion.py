@@ -25,12 +25,18 @@ def full_parser() -> argparse.ArgumentParser:
     """Every command with every option. Only completion needs them all at once."""
     from stl_lightning.cli.config import SpectralCLI
     from stl_lightning.cli.ensemble import ensemble_parser
+    from stl_lightning.cli.store import prepare_parser, verify_parser
 
     parser = argparse.ArgumentParser(prog="stl")
     commands = parser.add_subparsers()
     with_config = SpectralCLI([], "fit").parser
-    own = {"ensemble": ensemble_parser()}
+    own = {
+        "ensemble": [ensemble_parser()],
+        # A parser of its own: `resolve` takes the options that are there twice away from the one that came first.
+        "prepare": [SpectralCLI([], "prepare").parser, prepare_parser()],
+        "verify": [verify_parser()],
+    }
     for name, (_, what) in COMMANDS.items():
-        options = own.get(name, with_config)
-        commands.add_parser(name, help=what, parents=[options], add_help=False, conflict_handler="resolve")
+        options = own.get(name, [with_config])
+        commands.add_parser(name, help=what, parents=options, add_help=False, conflict_handler="resolve")
     return parser

@@ -11,7 +11,7 @@ from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from stl_lightning.augment import PixelAugment
+from stl_lightning.augment import Augment
 from stl_lightning.datamodule import SpectralDataModule
 from stl_lightning.ensemble.fit import find_candidates
 from stl_lightning.ensemble.options import EnsembleOptions
@@ -91,7 +91,7 @@ class SpectralCLI(LightningCLI):
         """The data of the run, shared by all branches of this process so that images are read once."""
         if self._data is None:
             settings = self.config.data.as_dict()
-            self._data = SpectralDataModule(**settings | {"augment": PixelAugment(**settings["augment"])})
+            self._data = SpectralDataModule(**settings | {"augment": Augment(**settings["augment"])})
         return self._data
 
     def check(self) -> None:
@@ -104,7 +104,7 @@ class SpectralCLI(LightningCLI):
         built = self.parser.instantiate(self.config)  # constructs the options, which check themselves
         ensemble = self.ensemble_options
         find_candidates(ensemble.weighting, ensemble.space, self.data.n_branches, self.data.n_classes)
-        module = built.model.build(self.data.in_shape, self.data.n_classes, self.data.seed, self.data.branch)
+        module = built.model.build(self.data.in_shape, self.data.n_classes, self.data.seed, [self.data.branch])
         module.check_output(self.data.in_shape, self.data.n_classes)
         module.configure_optimizers()
         self.data.check()
@@ -131,7 +131,7 @@ class SpectralCLI(LightningCLI):
         config.data.branch = branch
         built = self.parser.instantiate(config)
         data = copy.copy(self.data)
-        data.select_branch(branch)
+        data.select_branches([branch])
         return BranchJob(
             run=run,
             data=data,

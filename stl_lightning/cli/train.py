@@ -9,11 +9,11 @@ from stl_lightning.errors import ConfigError
 from stl_lightning.ranks import RankInfo
 from stl_lightning.run import check_baseline, claim_run, open_run
 from stl_lightning.status import read_status
-from stl_lightning.training import BranchJob, check_branch, train_branch
+from stl_lightning.training import BranchJob, Outcome, check_branch, train_branches
 
 
 def fit(args: list[str]) -> int:
-    """Train the branches this rank owns, one after the other."""
+    """Train the branches this rank owns."""
     cli = SpectralCLI(args, "fit", "Train the branches that this rank owns, without any communication.")
     branches = cli.owned_branches()
     run = cli.claim()
@@ -45,22 +45,21 @@ def baseline(args: list[str]) -> int:
 
 
 def train_all(jobs: Sequence[BranchJob]) -> int:
-    """Train each branch, whatever becomes of the others; returns how many failed."""
+    """Train the branches, whatever becomes of each; returns how many failed."""
     for job in jobs:
         check_branch(job)
-    return sum(_train(job) == "failed" for job in jobs)
+    return train_branches(jobs, report)
 
 
-def _train(job: BranchJob) -> str:
-    outcome = train_branch(job)
+def report(job: BranchJob, outcome: Outcome) -> None:
+    """Say how a branch ended."""
     status = read_status(job.paths, job.branch)
     if outcome == "failed":
         print(f"{job.job_type} {job.branch}: FAILED: {status.error}", file=sys.stderr, flush=True)
-    else:
-        what = "is finished already" if outcome == "skipped" else "finished"
-        loss = "" if status.loss is None else f", validation loss {status.loss:.4f}"
-        print(f"{job.job_type} {job.branch}: {what}, {status.epoch} epochs{loss}", flush=True)
-    return outcome
+        return
+    what = "is finished already" if outcome == "skipped" else "finished"
+    loss = "" if status.loss is None else f", validation loss {status.loss:.4f}"
+    print(f"{job.job_type} {job.branch}: {what}, {status.epoch} epochs{loss}", flush=True)
 
 
 def exit_code(n_failed: int) -> int:

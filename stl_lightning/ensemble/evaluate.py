@@ -96,7 +96,7 @@ def _stack(outputs: Sequence[Outputs]) -> Outputs:
 def _branch_row(job: BranchJob, val: Outputs, test: Outputs, i: int, ensemble: FittedEnsemble) -> dict[str, Any]:
     return {
         "branch": job.branch,
-        "slices": list(job.data.slices),
+        "slices": list(job.data.reads[0]),
         "frequency": list(job.data.spectral.frequencies[job.branch]),
         "n_parameters": _n_parameters(job),
         "val": scores(Outputs(val.logits[i], val.labels)),

@@ -38,8 +38,7 @@ def compute_outputs(job: BranchJob, split: Split) -> Outputs:
     Raises: CheckpointError if the branch has no usable `best.ckpt`, or its outputs are not finite.
     """
     module = load_best(job)
-    trainer = job.trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[])
-    batches = trainer.predict(module, job.data.loader(split))
+    batches = job.predicting_trainer().predict(module, job.data.loader(split))
     assert batches, "a split has at least one batch"
     logits, labels = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
     outputs = Outputs(logits.float().cpu(), labels.cpu())

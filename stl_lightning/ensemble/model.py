@@ -66,8 +66,8 @@ def build_ensemble(jobs: Sequence[BranchJob], fitted: FittedEnsemble) -> Spectra
         raise RunError(f"members {lost} of the ensemble are gone; run `stl ensemble` again to do without them")
     members = [by_branch[member] for member in fitted.members]
     branches = [load_best(job) for job in members]
-    statistics = [(state["mean"], state["std"]) for state in (job.data.state_dict() for job in members)]
-    slices = [job.data.slices for job in members]
+    statistics = [(state["mean"], state["std"]) for state in (job.data.state_dict()["branches"][0] for job in members)]
+    slices = [job.data.reads[0] for job in members]
     return SpectralEnsemble(members[0].data.spectral, slices, statistics, branches, fitted).eval().requires_grad_(False)
 
 

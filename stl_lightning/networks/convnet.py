@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from stl_lightning.networks.common import check_dropout, init_weights, option_error, pooled_head
 
@@ -11,7 +11,7 @@ Width = int | Literal["P"]
 TEN_CONVOLUTIONS: tuple[Width, ...] = (64, 64, 64, "P", 128, 128, 128, "P", 256, 256, 256, 256)
 
 
-class ConvNet(nn.Module):
+class ConvNet(nn.Sequential):
     """3x3 convolutions, each with BatchNorm and ReLU, 2x2 max-pooling where `widths` says so, and a pooled
     head.
 
@@ -29,19 +29,13 @@ class ConvNet(nn.Module):
         widths: Sequence[Width] = TEN_CONVOLUTIONS,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
         check_dropout(dropout)
         _check_widths(widths, in_shape)
         channels = [in_shape[0], *(w for w in widths if w != "P")]
         sources = iter(channels)
-        self.features = nn.Sequential(
-            *(nn.MaxPool2d(2) if w == "P" else _convolution(next(sources), w) for w in widths)
-        )
-        self.head = pooled_head(channels[-1], n_classes, dropout)
+        features = (nn.MaxPool2d(2) if w == "P" else _convolution(next(sources), w) for w in widths)
+        super().__init__(*features, pooled_head(channels[-1], n_classes, dropout))
         init_weights(self)
-
-    def forward(self, slices: Tensor) -> Tensor:
-        return self.head(self.features(slices))
 
 
 def _convolution(n_in: int, n_out: int) -> nn.Sequential:

@@ -3,12 +3,12 @@
 from itertools import pairwise
 from math import prod
 
-from torch import Tensor, nn
+from torch import nn
 
-from stl_lightning.networks.common import check_dropout, init_weights, option_error
+from stl_lightning.networks.common import check_dropout, dropout_layer, init_weights, option_error
 
 
-class MLP(nn.Module):
+class MLP(nn.Sequential):
     """Linear layers with ReLU between them.
 
     depth: linear layers in all; width: of the hidden ones, by default the number of inputs c*h*w. The
@@ -28,7 +28,6 @@ class MLP(nn.Module):
         batch_norm: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__()
         if depth < 1:
             raise option_error("depth", "1 or more linear layers", depth)
         if width is not None and width < 1:
@@ -38,11 +37,8 @@ class MLP(nn.Module):
         sizes = [n_inputs] + [width or n_inputs] * (depth - 1)
         hidden = [layer for a, b in pairwise(sizes) for layer in _hidden(a, b, batch_norm)]
         head = nn.Linear(sizes[-1], n_classes)
-        self.layers = nn.Sequential(nn.Flatten(), *hidden, nn.Dropout(dropout), head)
+        super().__init__(nn.Flatten(), *hidden, dropout_layer(dropout), head)
         init_weights(self)
-
-    def forward(self, slices: Tensor) -> Tensor:
-        return self.layers(slices)
 
 
 def _hidden(n_in: int, n_out: int, batch_norm: bool) -> list[nn.Module]:

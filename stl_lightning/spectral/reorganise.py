@@ -5,7 +5,6 @@ Axes: H W the image, h w one slice, b = bh * bw components of a tube, row-major 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -15,11 +14,11 @@ Block = tuple[int, int]  # (bh, bw)
 
 @dataclass(frozen=True)
 class Reorganisation:
-    """One row of `REORGANISATIONS`: the image as a view of blocks, the way back, and one sum over a block."""
+    """One row of `REORGANISATIONS`: the image as a view of blocks, the way back, and the components one a row."""
 
     to_blocks: Callable[[Tensor, Block], Tensor]  # (..., H, W) -> (..., h, w, bh, bw)
     from_blocks: Callable[[Tensor, Block], Tensor]  # (..., h, w, bh, bw) -> (..., H, W)
-    combine: Callable[[Tensor, Tensor], Tensor]  # (..., H, W), weights (bh, bw) -> (..., h, w)
+    components: Callable[[Tensor, Block], Tensor]  # (..., H, W) -> (bh*bw, tubes), what a matrix multiplies
 
     def forward(self, images: Tensor, block: Block) -> Tensor:
         """Tubes of the image; undone by `inverse`. Shapes: (..., H, W) -> (..., H/bh, W/bw, bh*bw)."""
@@ -43,19 +42,18 @@ def polyphase_image(blocks: Tensor, block: Block) -> Tensor:
     return blocks.transpose(-3, -2).flatten(-4, -3).flatten(-2)
 
 
-def polyphase_combine(images: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum of the components; `torch.nn.functional.conv2d` with the block as stride.
+def polyphase_components(images: Tensor, block: Block) -> Tensor:
+    """Component j of every tube as row j; `polyphase_blocks` with the components first, flattened.
 
-    Not that function, because GPUs round its inputs to TF32 by default. Whole image rows are added first,
-    along contiguous pixels, then neighbours within the sum.
+    A copy of that strided view would move single pixels. A band of bh image rows, seen as one pixel with bh*W
+    channels in channels_last memory, is what `torch.channel_shuffle` transposes in vector registers:
+    (bh, w, bw) -> (bw, bh, w). What is left to copy are runs of w pixels.
     """
-    bh, bw = weights.shape
-    rows = images.unflatten(-2, (-1, bh))  # (..., h, bh, W)
-    along_row = weights.repeat(1, images.shape[-1] // bw)  # (bh, W)
-    total = rows[..., 0, :] * along_row[0]
-    for row in range(1, bh):
-        total = torch.addcmul(total, rows[..., row, :], along_row[row])
-    return total.unflatten(-1, (-1, bw)) @ weights.new_ones(bw)
+    (bh, bw), width = block, images.shape[-1]
+    bands = images.reshape(1, -1, 1, bh * width).permute(0, 3, 1, 2)
+    shuffled = torch.channel_shuffle(bands, bh * width // bw)
+    runs = shuffled.permute(0, 2, 3, 1).unflatten(-1, (bw, bh, width // bw)).flatten(0, 2)  # (bands, bw, bh, w)
+    return runs.permute(2, 1, 0, 3).flatten(2).flatten(0, 1)
 
 
 def tile_blocks(images: Tensor, block: Block) -> Tensor:
@@ -69,14 +67,9 @@ def tile_image(blocks: Tensor, block: Block) -> Tensor:
     return blocks.movedim((-2, -1), (-4, -2)).flatten(-4, -3).flatten(-2)
 
 
-def tile_combine(images: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum of the tiles."""
-    bh, bw = weights.shape
-    tiles = tile_blocks(images, (bh, bw))
-    total = torch.zeros_like(tiles[..., 0, 0])
-    for row, column in product(range(bh), range(bw)):
-        total = torch.addcmul(total, tiles[..., row, column], weights[row, column])
-    return total
+def tile_components(images: Tensor, block: Block) -> Tensor:
+    """Tile j of every image as row j; `tile_blocks` with the components first, flattened."""
+    return tile_blocks(images, block).movedim((-2, -1), (0, 1)).flatten(2).flatten(0, 1)
 
 
 def raster_blocks(images: Tensor, block: Block) -> Tensor:
@@ -94,14 +87,13 @@ def raster_image(blocks: Tensor, block: Block) -> Tensor:
     return blocks.flatten(-4).unflatten(-1, (h * block[0], w * block[1]))
 
 
-def raster_combine(images: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum within each run of pixels."""
-    bh, bw = weights.shape
-    return raster_blocks(images, (bh, bw)).flatten(-2) @ weights.flatten()
+def raster_components(images: Tensor, block: Block) -> Tensor:
+    """Pixel j of every run as row j: a transposed view, for a tube is contiguous."""
+    return images.reshape(-1, block[0] * block[1]).T
 
 
 REORGANISATIONS: dict[str, Reorganisation] = {
-    "polyphase": Reorganisation(polyphase_blocks, polyphase_image, polyphase_combine),
-    "tiles": Reorganisation(tile_blocks, tile_image, tile_combine),
-    "raster": Reorganisation(raster_blocks, raster_image, raster_combine),
+    "polyphase": Reorganisation(polyphase_blocks, polyphase_image, polyphase_components),
+    "tiles": Reorganisation(tile_blocks, tile_image, tile_components),
+    "raster": Reorganisation(raster_blocks, raster_image, raster_components),
 }

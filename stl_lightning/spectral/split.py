@@ -4,6 +4,7 @@ Axes: n samples, c channels, H W the image, h w one slice, b = bh * bw component
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from stl_lightning.spectral.reorganise import REORGANISATIONS
 from stl_lightning.spectral.transforms import TRANSFORMS, build_basis, tube_covariance
 
 FIT_BATCH = 1024  # images; bounds the memory of the float64 copy
+CHUNK = 1 << 18  # pixels the CPU takes through all steps at once: 1 MB of float32, near the size of a core's cache
 
 
 class SpectralSplit(nn.Module):
@@ -26,7 +28,8 @@ class SpectralSplit(nn.Module):
     Shapes: (n, c, H, W) -> `n_slices` tensors (n, c_k, h, w), where c_k is c times the rows of slice k; the
     channels of a slice with two rows are all c of its first row, then all c of its second. `pad` enlarges the
     image at the bottom and at the right until the block divides it, and `inverse` crops it again. Autocast
-    does not lower the precision, so that a slice is the same wherever it is made.
+    does not lower the precision, so that a slice is the same wherever it is made. Images are floating point, or
+    uint8, which stands for pixels / 255.
 
     Raises: ConfigError for an unknown name, a block that does not divide the image, a transform that does not
     exist for the block or was to be fitted first; DataError for images of another shape or kind.
@@ -81,28 +84,29 @@ class SpectralSplit(nn.Module):
     def fit(self, images: Tensor) -> "SpectralSplit":
         """Learn the matrix from training images if the transform has one to learn; otherwise do nothing.
 
-        Shape: (n, c, H, W) floating point. Raises: DataError for no images, or images that are not finite.
+        Shape: (n, c, H, W). Raises: DataError for no images, or images that are not finite.
         """
         learn = TRANSFORMS[self.transform].fit
         if learn is None:
             return self
+        self._check_images(images)
+        tubes = REORGANISATIONS[self.reorganisation].forward
         batches = images.detach().split(FIT_BATCH)
-        covariance = tube_covariance(self._tubes(batch) for batch in batches)
+        covariance = tube_covariance(tubes(self._padded(batch), self.block) for batch in batches)
         if not covariance.isfinite().all():
             raise DataError(f"data.transform={self.transform}: expected at least one image, all finite, to fit on")
         self.matrix.copy_(learn(covariance))
         self.is_fitted = True
         return self
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """All slices; undone by `inverse`. Shapes: (n, c, H, W) -> n_slices of (n, c_k, h, w)."""
-        self._require_fitted()
-        blocks = REORGANISATIONS[self.reorganisation].to_blocks(self._padded(images), self.block)
-        tubes = blocks.movedim((-2, -1), (1, 2)).flatten(1, 2)  # (n, b, c, h, w), copied once
-        with _full_precision(images):
-            spectrum = self.matrix.to(images.dtype) @ tubes.flatten(2)
-        sizes = [self.slice_shape(k)[0] for k in range(self.n_slices)]
-        return list(spectrum.view(tubes.shape).flatten(1, 2).split(sizes, 1))
+    def forward(self, images: Tensor, out: Tensor | None = None) -> list[Tensor]:
+        """All slices; undone by `inverse`. Shapes: (n, c, H, W) -> n_slices of (n, c_k, h, w).
+
+        Slices of one row are views of one memory, each contiguous. `out` (b, n, c, h, w) is that memory: the
+        first use of fresh memory can cost more time than the transform, so a loop should pass the same again.
+        """
+        spectrum = self._spectrum(images, range(len(self.matrix)), out)
+        return [part.transpose(0, 1).flatten(1, 2) for part in spectrum.split([len(rows) for rows in self.groups])]
 
     def inverse(self, slices: Sequence[Tensor]) -> Tensor:
         """The images whose slices `forward` made. Shapes: n_slices of (n, c_k, h, w) -> (n, c, H, W)."""
@@ -117,19 +121,14 @@ class SpectralSplit(nn.Module):
 
     def slice(self, images: Tensor, k: int) -> Tensor:
         """Slice k alone, r/b of the multiply-adds of `forward`. Shapes: (n, c, H, W) -> (n, c_k, h, w)."""
-        rows = self.rows(k)
-        self._require_fitted()
-        padded = self._padded(images)
-        combine = REORGANISATIONS[self.reorganisation].combine
-        basis_images = self.matrix[list(rows)].to(images.dtype).unflatten(1, self.block)  # (r, bh, bw)
-        with _full_precision(images):
-            return torch.cat([combine(padded, weights) for weights in basis_images], 1)
+        return self.slices(images, [k])
 
     def slices(self, images: Tensor, ks: Sequence[int]) -> Tensor:
         """Several slices, one after the other. Shapes: (n, c, H, W) -> (n, sum of c_k, h, w)."""
         if not ks:
             raise ConfigError("slices: expected at least one slice; received none")
-        return torch.cat([self.slice(images, k) for k in ks], 1)
+        rows = [row for k in ks for row in self.rows(k)]
+        return self._spectrum(images, rows).transpose(0, 1).flatten(1, 2)
 
     def extra_repr(self) -> str:
         return (
@@ -137,18 +136,44 @@ class SpectralSplit(nn.Module):
             f"transform={self.transform}, pad={self.pad}, n_slices={self.n_slices}"
         )
 
-    def _tubes(self, images: Tensor) -> Tensor:
-        return REORGANISATIONS[self.reorganisation].forward(self._padded(images), self.block)
+    def _spectrum(self, images: Tensor, rows: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """Some rows of the transform, written where they stay. Shapes: (n, c, H, W) -> (r, n, c, h, w)."""
+        self._require_fitted()
+        self._check_images(images)
+        matrix = self._rows_for(images, rows)
+        c, (_, h, w) = self.image_shape[0], self.slice_shape(0)
+        shape = (len(matrix), len(images), c, h, w)
+        with _full_precision(images):
+            if torch.is_grad_enabled() and images.requires_grad:  # a written memory has no gradient
+                return (matrix @ self._components(images)).view(shape)
+            spectrum = _memory(out, shape, matrix)
+            chunks = _chunks(images)
+            for chunk, part in zip(chunks, spectrum.split([len(chunk) for chunk in chunks], 1), strict=True):
+                if len(matrix) == 1:  # as a matrix product up to twice as slow
+                    torch.mv(self._components(chunk).T, matrix[0], out=part.flatten())
+                else:
+                    torch.mm(matrix, self._components(chunk), out=part.flatten(1))
+        return spectrum
 
-    def _padded(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape or not images.is_floating_point():
+    def _components(self, images: Tensor) -> Tensor:
+        return REORGANISATIONS[self.reorganisation].components(self._padded(images), self.block)
+
+    def _rows_for(self, images: Tensor, rows: Sequence[int]) -> Tensor:
+        return self.matrix[list(rows)].to(torch.result_type(images, 1.0))
+
+    def _check_images(self, images: Tensor) -> None:
+        known = images.is_floating_point() or images.dtype == torch.uint8
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape or not known:
             raise DataError(
-                f"images: expected floating point (n, {', '.join(map(str, self.image_shape))}); "
+                f"images: expected floating point or uint8 (n, {', '.join(map(str, self.image_shape))}); "
                 f"received {images.dtype} {tuple(images.shape)}"
             )
+
+    def _padded(self, images: Tensor) -> Tensor:
+        pixels = images if images.is_floating_point() else images / 255
         if self.pad is None or self.padding == (0, 0):
-            return images
-        return F.pad(images, (0, self.padding[1], 0, self.padding[0]), mode=PADS[self.pad])
+            return pixels
+        return F.pad(pixels, (0, self.padding[1], 0, self.padding[0]), mode=PADS[self.pad])
 
     def _check_slices(self, slices: Sequence[Tensor]) -> None:
         expected = [self.slice_shape(k) for k in range(self.n_slices)]
@@ -162,6 +187,25 @@ class SpectralSplit(nn.Module):
                 f"data.transform={self.transform} is learned from training images: call fit(images), or load "
                 f"the state of a fitted split, before the first slice is made"
             )
+
+
+def _chunks(images: Tensor) -> Sequence[Tensor]:
+    """The images in parts of about `CHUNK` pixels; all at once on a GPU, which wants few large steps."""
+    if images.device.type != "cpu":
+        return [images]
+    return images.split(max(1, CHUNK // prod(images.shape[1:])))
+
+
+def _memory(out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """`out`, or new memory. Raises: DataError unless it is contiguous and of the shape and type of the result."""
+    if out is None:
+        return like.new_empty(shape)
+    if tuple(out.shape) != shape or out.dtype != like.dtype or not out.is_contiguous():
+        raise DataError(
+            f"out: expected contiguous {like.dtype} {shape}; received {out.dtype} {tuple(out.shape)}, "
+            f"{'' if out.is_contiguous() else 'not '}contiguous"
+        )
+    return out
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:
