@@ -167,8 +167,8 @@ class LastCheckpoint(Checkpoint):
     """Writes `last.ckpt`, from which a resumed run is bit-identical: at the end of epochs, and every so many steps.
 
     Epochs that end less than `every_s` seconds after the last file are passed over, but not the last one of a Trainer.
-    Beyond what Lightning saves it keeps the state of the random generators. Validation runs before the end of the epoch,
-    so a checkpoint at that point has nothing left to repeat. A branch that diverged keeps the file it has.
+    Beyond what Lightning saves it keeps the state of the random generators. Validation runs before the end of the
+    epoch, so a checkpoint at that point has nothing left to repeat. A branch that diverged keeps the file it has.
 
     `before` is called before the file is written, to write what belongs to the same epochs.
     """

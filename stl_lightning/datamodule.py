@@ -71,7 +71,7 @@ class SpectralDataModule(LightningDataModule):
         transform: Transform along the tubes: dct, dct2, dft, hadamard, haar, identity, random or klt.
         pad: Pad an image that the block does not divide: reflect or zeros; null makes it an error.
         slices_per_branch: Slices a branch reads: its own and the lowest-frequency others.
-        augment: Random changes of the training images, the same on all ranks; made inside the slice where that is exact.
+        augment: Random changes of the training images, the same on all ranks; made inside slices where that is exact.
         batch_size: Images per training batch.
         eval_batch_size: Images per validation, test or prediction batch.
         num_workers: Processes that read and decode image files.
@@ -163,7 +163,7 @@ class SpectralDataModule(LightningDataModule):
             check_augment(self.augment, self.spectral)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the training data, estimate what is fitted to them (KLT, mean, deviation), and split them if they fit."""
+        """Read the training data and estimate what is fitted to them: KLT, mean and deviation."""
         if self._statistics is None:
             if not self.spectral.is_fitted:
                 self.spectral.fit(klt_sample(self._load("train"), self._split("train")))

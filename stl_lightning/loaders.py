@@ -105,7 +105,8 @@ class ResumableLoader:
 
     def _counted(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = None if self.seed is None else self.epoch
-        for self.position, batch in enumerate(self._batches(epoch, first), start=first + 1):
+        for position, batch in enumerate(self._batches(epoch, first), start=first + 1):
+            self.position = position
             yield batch
 
     def _first_batch(self) -> int:

@@ -41,7 +41,7 @@ class BranchModule(LightningModule):
         lr_interval: Whether the schedule advances every `epoch` or every `step`.
         label_smoothing: Share of the target spread over all classes, as in torch.nn.CrossEntropyLoss.
         channels_last: Keep images and filters with their channels last in memory; for convolutions in bf16.
-        compile: Mode of torch.compile for the network: default, reduce-overhead (CUDA graphs), max-autotune; null is off.
+        compile: Mode of torch.compile: default, reduce-overhead (CUDA graphs) or max-autotune; null is off.
 
     Raises: DivergedError that names the step, once the training loss of every branch is no longer finite.
     """
@@ -292,7 +292,7 @@ def _means(split: str, totals: Tensor) -> dict[str, Tensor]:
 
 
 def _hits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Correct answers of each branch (s,): logits (s n k), labels (n,); of mixed targets (n k) the larger share counts."""
+    """Correct answers of each branch (s,) of logits (s n k) for labels (n,), or the largest of mixed targets (n k)."""
     labels = targets if targets.ndim == 1 else targets.argmax(1)
     return (logits.argmax(-1) == labels).sum(-1)
 

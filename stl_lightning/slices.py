@@ -6,7 +6,7 @@ Letters: s branches, n samples, c channels, h w space, k classes.
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class RawSlices(Protocol):
     def n_bytes(self) -> int:
         """What it keeps in memory, or would on a device."""
 
-    def to(self, device: torch.device) -> "RawSlices": ...
+    def to(self, device: torch.device) -> Self: ...
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class StoredSlice(Protocol):
     def gather(self, positions: Tensor) -> Tensor:
         """Shapes: positions (n,) -> (n, c, h, w), float32."""
 
-    def to(self, device: torch.device) -> "StoredSlice": ...
+    def to(self, device: torch.device) -> Self: ...
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ REFRESH_S = 0.1
 def prepare_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stl prepare",
+        allow_abbrev=False,
         usage="stl prepare --config FILE.yaml --data.store FOLDER [--dtype NAME] [--workers N] [--key.subkey VALUE]",
         description="Write the slices of all images once, a file each, so that a rank reads its own and no image. "
         "Given again, the command goes on where it was stopped; a store that is complete is left as it is.",
@@ -24,7 +25,9 @@ def prepare_parser() -> argparse.ArgumentParser:
         "setting, seed and validation split. `stl fit --help` explains them all.",
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="the config of the runs that will read the store")
-    parser.add_argument("--data.store", metavar="FOLDER", dest="store", help="where to write; not half-way visible")
+    parser.add_argument(
+        "--data.store", metavar="FOLDER", dest="store", help="folder to write; it appears when it is complete"
+    )
     parser.add_argument(
         "--dtype", default="float32", help="float32 (default), float16 (half the bytes) or int8 (a quarter)"
     )

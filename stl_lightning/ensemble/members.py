@@ -11,7 +11,7 @@ from stl_lightning.checkpoint import fingerprint
 from stl_lightning.datamodule import Split
 from stl_lightning.errors import CheckpointError
 from stl_lightning.paths import write_atomically
-from stl_lightning.training import BranchJob, load_best
+from stl_lightning.training import BranchJob, load_best, predicting_trainer
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def compute_outputs(job: BranchJob, split: Split) -> Outputs:
     Raises: CheckpointError if the branch has no usable `best.ckpt`, or its outputs are not finite.
     """
     module = load_best(job)
-    batches = job.predicting_trainer().predict(module, job.data.loader(split))
+    batches = predicting_trainer(job).predict(module, job.data.loader(split))
     assert batches, "a split has at least one batch"
     logits, labels = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
     outputs = Outputs(logits.float().cpu(), labels.cpu())

@@ -47,9 +47,9 @@ def dropout_layer(p: float) -> nn.Module:
 class Dropout(nn.Module):
     """Zeroes each feature with probability `p` in training and scales the others by 1 / (1 - p).
 
-    Equivalent: `torch.nn.Dropout`, but the mask is a function of (key, number of the call), not of the global generator:
-    a branch drops the same features whether it trains alone, stacked with others, resumed, or on another device.
-    The key is drawn when the layer is made.
+    Equivalent: `torch.nn.Dropout`, but the mask is a function of (key, number of the call), not of the global
+    generator: a branch drops the same features whether it trains alone, stacked with others, resumed, or on another
+    device. The key is drawn when the layer is made.
     Shapes: any (n, ...) -> the same; stacked over s branches, key and calls are (s,) and x is (s, n, ...).
     Source: Srivastava et al. 2014; the hash is the finaliser of Murmur3, two rounds on 32 bits.
     """

@@ -31,9 +31,9 @@ def count_clipped(x: Tensor, scale: Tensor | None) -> Tensor:
 def best_scale(sample: Tensor) -> Tensor:
     """The step of each channel that loses least, in mean square over a sample. Shapes: (n, c, h, w) -> (c, 1, 1).
 
-    Not the step at which nothing can clip: a bound from the matrix and pixels in [0, 1] is met by checkerboards only
-    and leaves the highest frequency of photographs 3 of its 8 bits; even the largest value of a data set is an
-    outlier that costs up to a factor of two. Of 10,000 values, about one is clipped here; the manifest counts them.
+    Not the step at which nothing can clip: a bound from the matrix and pixels in [0, 1] is met by checkerboards only,
+    and costs the highest frequency of photographs 3 of its 8 bits; even the largest value of a data set is an outlier
+    that costs up to a factor of two. With this step one value of 10,000 is clipped; the manifest counts them.
     """
     peak = sample.abs().amax((0, 2, 3)).clamp(min=1e-12)[:, None, None]
     steps = [peak / LEVELS * 2.0 ** (-quarter / 4) for quarter in range(16)]

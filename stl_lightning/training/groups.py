@@ -1,0 +1,212 @@
+"""Train the branches of a process: resume them, finish them, or record why they failed.
+
+Branches of one architecture that are at the same step train together, as one group with one Trainer. When one of them
+ends before the others, they go on without it from the checkpoint of that epoch.
+"""
+
+import copy
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from stl_lightning.checkpoint import BestCheckpoint, LastCheckpoint, load_checkpoint
+from stl_lightning.datamodule import SpectralDataModule
+from stl_lightning.errors import STLError
+from stl_lightning.module import BranchModule, branch_seed
+from stl_lightning.paths import write_atomically
+from stl_lightning.status import State, Status, StatusWriter, read_status, write_status
+from stl_lightning.strategy import pick_device
+from stl_lightning.tracking import EpochLogger, branch_loggers, close
+from stl_lightning.training.job import BranchJob, resume_point, why_not_stacked
+from stl_lightning.training.trainer import chunks, make_trainer
+
+Outcome = Literal["finished", "skipped", "failed"]
+
+
+def train_branches(jobs: Sequence[BranchJob], report: Callable[[BranchJob, Outcome], None] = lambda *_: None) -> int:
+    """Train branches to their end, from `last.ckpt` where there is one; those that had ended before are left alone.
+
+    What goes wrong with a branch is recorded in its `status.json`, and the others go on. `report` is called with each
+    branch when it ends. Returns how many failed.
+
+    Raises: RunError if `status.json` or `config.yaml` cannot be written.
+    """
+    n_failed = 0
+    waiting = []
+    for job in jobs:
+        status = read_status(job.paths, job.branch)
+        if status.state == "finished" and job.paths.best.exists():
+            report(job, "skipped")
+        else:
+            waiting.append(Attempt(job, status))
+    while waiting:
+        group, waiting = next_group(waiting)
+        for attempt in train_group(group):
+            if attempt.outcome is None:
+                waiting.insert(0, attempt)
+                continue
+            n_failed += attempt.outcome == "failed"
+            report(attempt.job, attempt.outcome)
+    return n_failed
+
+
+@dataclass
+class Attempt:
+    """A branch between its first step in this process and its end. Without an outcome, it is to go on."""
+
+    job: BranchJob
+    status: Status
+    outcome: Outcome | None = None
+    is_alone: bool = False  # after a fault of the group it was in, to find out whose it was
+    loggers: list[Logger] = field(default_factory=list)
+
+    def begin(self) -> None:
+        if self.loggers:
+            return
+        job, old = self.job, self.status
+        write_atomically(job.paths.config, lambda file: file.write(job.config_yaml.encode()))
+        self.status = Status(job.branch, "running", old.attempt + 1, old.epoch, old.step, started=time.time())
+        write_status(job.paths, self.status)
+        self.loggers = branch_loggers(job.tracking, job.paths, job.options.name, job.run.id, job.branch, job.job_type)
+
+    def end(self, state: State, error: str | None = None) -> None:
+        self.status.state, self.status.error = state, error
+        self.outcome = "finished" if state == "finished" else "failed"
+        write_status(self.job.paths, self.status)
+        close(self.loggers)
+
+
+def next_group(waiting: Sequence[Attempt]) -> tuple[list[Attempt], list[Attempt]]:
+    """Those that can train together with the first, and the others."""
+    keys = [_group_key(attempt) for attempt in waiting]
+    group = [attempt for attempt, key in zip(waiting, keys, strict=True) if key == keys[0]]
+    return group, [attempt for attempt, key in zip(waiting, keys, strict=True) if key != keys[0]]
+
+
+def stacks(job: BranchJob) -> bool:
+    """Whether a branch may train with others as one network: as `run.stack` says; on a CPU, convolutions may not.
+
+    There a convolution of one branch keeps every core busy, and the grouped convolution of several is slower.
+    """
+    if job.options.stack is False or why_not_stacked(job) is not None:
+        return False
+    on_gpu = pick_device(job.trainer_settings.get("accelerator") or "auto", job.local_rank).type != "cpu"
+    has_convolutions = any(isinstance(layer, nn.modules.conv._ConvNd) for layer in job.built_module().modules())
+    return job.options.stack is True or on_gpu or not has_convolutions
+
+
+def _group_key(attempt: Attempt) -> Any:
+    """Equal for branches that can train together: same network, same step, nothing that keeps one apart."""
+    job = attempt.job
+    try:
+        if attempt.is_alone or not stacks(job):
+            return id(attempt)
+        resume_from = resume_point(job)
+        checkpoint = load_checkpoint(resume_from) if resume_from else None
+        at = checkpoint and (checkpoint["global_step"], checkpoint["loops"]["fit_loop"]["state_dict"])
+        return job.data.in_shape, str(job.built_module().network), at
+    except Exception:  # whatever it is, it is found again and recorded when the branch trains alone
+        return id(attempt)
+
+
+def train_group(group: Sequence[Attempt]) -> Sequence[Attempt]:
+    """Train branches together until one of them ends; those without an outcome then are to go on."""
+    try:
+        for attempt in group:
+            attempt.begin()
+        _fit(group)
+    except (KeyboardInterrupt, SystemExit) as end:
+        for attempt in group:
+            attempt.end("interrupted")
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning makes it an exit with code 1, as of an error
+            raise KeyboardInterrupt from end
+        raise
+    except STLError as error:
+        _blame(group, str(error))
+    except Exception:
+        # A fault of this branch (its network, the machine's memory) must not take the branches after it down.
+        _blame(group, traceback.format_exc())
+    return group
+
+
+def _blame(group: Sequence[Attempt], error: str) -> None:
+    """A fault in a group may be that of one branch: each goes on alone, and the one at fault fails alone."""
+    if len(group) == 1:
+        group[0].end("failed", error)
+        return
+    numbers = ", ".join(str(attempt.job.branch) for attempt in group)
+    what = f"branches {numbers} go on one after the other, since they failed together: {error}"
+    print(what, file=sys.stderr, flush=True)
+    for attempt in group:
+        attempt.is_alone = True
+
+
+def _fit(group: Sequence[Attempt]) -> None:
+    jobs = [attempt.job for attempt in group]
+    first = jobs[0]
+    data = copy.copy(first.data)
+    data.select_branches([job.branch for job in jobs])
+    module = copy.deepcopy(first.module).build(data.in_shape, data.n_classes, data.seed, data.branches)
+    module.identities = [job.run.identity(job.branch) for job in jobs]
+    resume_from = resume_point(first)
+    # Dropout masks must not be shared between branches, whatever the network's construction consumed.
+    seed_everything(branch_seed(data.seed, first.branch), verbose=False)
+    best = BestCheckpoint(first.options.monitor, first.options.patience, len(jobs))
+    trainer = _training_trainer(group, module, data, best, resume_from)
+    trainer.fit(module, datamodule=data, ckpt_path=resume_from and resume_from.name, weights_only=True)
+    missing = [i for i, job in enumerate(jobs) if not job.paths.best.exists() and module.is_alive(i)]
+    if missing:  # trainer.max_steps ended it before the first validation
+        trainer.save_checkpoint("best.ckpt", weights_only=True, storage_options=missing)
+        trainer.strategy.checkpoint_io.flush()  # type: ignore[attr-defined]
+    for i, attempt in enumerate(group):
+        if not module.is_alive(i):
+            attempt.end("failed", str(module.divergence(i)))
+        elif len(group) == 1 or best.has_ended(i) or not trainer.should_stop:
+            attempt.end("finished")
+
+
+def chunk_of(checkpoint: dict[str, Any], wanted: int | None) -> int | None:
+    """Minibatches a chunk: as wanted, but an epoch that was begun goes on as Lightning has counted its chunks."""
+    (loader,) = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    return loader["chunk"] if progress["processed"] == progress["completed"] and loader["batches"] else wanted
+
+
+def _training_trainer(
+    group: Sequence[Attempt],
+    module: BranchModule,
+    data: SpectralDataModule,
+    best: BestCheckpoint,
+    resume_from: Path | None,
+) -> Trainer:
+    """The Trainer of a group. What Lightning would do at each step is done by the module, a chunk at a time."""
+    job = group[0].job
+    settings = job.trainer_settings
+    limit = settings.get("gradient_clip_val")
+    module.gradient_clip = (float(limit), settings.get("gradient_clip_algorithm") or "norm") if limit else None
+    module.accumulate = settings.get("accumulate_grad_batches") or 1
+    data.chunk = job.options.chunk if chunks(settings) else None
+    if resume_from is not None:
+        data.chunk = chunk_of(load_checkpoint(resume_from), data.chunk)
+    shows_bar = job.local_rank == 0 and settings.get("enable_progress_bar") is not False
+    users = settings.get("callbacks") or []
+    callbacks = [
+        *(callback for callback in users if shows_bar or not isinstance(callback, ProgressBar)),
+        StatusWriter([(attempt.job.paths, attempt.status) for attempt in group]),
+        epochs := EpochLogger([attempt.loggers for attempt in group]),
+        best,
+        LastCheckpoint(job.options.checkpoint_every_s, job.options.checkpoint_every_n_steps, epochs.save),
+    ]
+    loggers = group[0].loggers if len(group) == 1 else False
+    own = {"gradient_clip_val": None, "gradient_clip_algorithm": None, "accumulate_grad_batches": 1}
+    jobs = [attempt.job for attempt in group]
+    return make_trainer(jobs, logger=loggers, callbacks=callbacks, enable_progress_bar=shows_bar, **own)

@@ -1,0 +1,151 @@
+"""One branch to train: what it is made of, where it resumes, whether it may begin, what it became."""
+
+import copy
+import math
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from stl_lightning.checkpoint import BestCheckpoint, load_checkpoint
+from stl_lightning.datamodule import SpectralDataModule
+from stl_lightning.errors import CheckpointError, ConfigError, RunError
+from stl_lightning.module import BranchModule
+from stl_lightning.paths import BranchPaths
+from stl_lightning.run import Run, RunOptions, different_keys
+from stl_lightning.stacked import ELEMENTWISE, can_stack
+from stl_lightning.status import read_status
+from stl_lightning.tracking import TrackingOptions
+
+# Settings that may change between two attempts at a branch: where and how it runs, not what it computes.
+FREE_SETTINGS = (
+    "config", "run.name", "run.root", "run.branches", "run.checkpoint_every_n_steps", "run.checkpoint_every_s",
+    "run.stack", "run.chunk", "tracking", "ensemble", "baseline", "data.root", "data.download", "data.store",
+    "data.num_workers", "data.eval_batch_size", "data.predict_split", "data.branch", "model.compile",
+    "trainer.accelerator", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler",
+    "trainer.log_every_n_steps",
+)  # fmt: skip
+
+
+@dataclass
+class BranchJob:
+    """Everything needed to train one branch; the command line builds it from a config.
+
+    `trainer_settings` are arguments of Lightning's Trainer; `config_yaml` is the resolved config, which is kept beside
+    the weights; `job_type` is what W&B is told: branch or baseline.
+    """
+
+    run: Run
+    data: SpectralDataModule
+    module: BranchModule
+    trainer_settings: dict[str, Any]
+    config_yaml: str
+    options: RunOptions
+    tracking: TrackingOptions
+    local_rank: int = 0
+    job_type: Literal["branch", "baseline"] = "branch"
+
+    @property
+    def branch(self) -> int:
+        return self.data.branch
+
+    @property
+    def paths(self) -> BranchPaths:
+        return self.run.paths.branch(self.branch)
+
+    def built_module(self) -> BranchModule:
+        """A module of its own with the network as it is before training."""
+        data = self.data
+        return copy.deepcopy(self.module).build(data.in_shape, data.n_classes, data.seed, [self.branch])
+
+
+def check_branch(job: BranchJob) -> None:
+    """Find out whether a branch may be trained, before any is.
+
+    Raises: RunError if it was begun with other settings, is in training by another process of this machine, or its
+    files cannot be read; ConfigError if it is to be stacked and cannot.
+    """
+    check_same_config(job)
+    if job.options.stack is True and (reason := why_not_stacked(job)):
+        raise ConfigError(f"run.stack=true: {reason}; run.stack=auto trains the branches one after the other")
+    status = read_status(job.paths, job.branch)
+    is_here = status.state == "running" and status.host == socket.gethostname() and status.pid != os.getpid()
+    if is_here and _is_alive(status.pid):
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
+        raise RunError(
+            f"branch {job.branch} of {job.run.paths.folder} is in training by process {status.pid} on {status.host} "
+            f"since {since}; wait for it, or delete {job.paths.status} if that process is another program by now"
+        )
+
+
+def why_not_stacked(job: BranchJob) -> str | None:
+    """What in the settings of a branch makes it a branch that must train alone, if anything."""
+    module = job.built_module()
+    optimizer = module.configure_optimizers()
+    optimizer = optimizer[0][0] if isinstance(optimizer, tuple | list) else optimizer
+    if type(optimizer) not in ELEMENTWISE:
+        return f"model.optimizer {type(optimizer).__name__} does not treat each weight alone"
+    if len(optimizer.param_groups) > 1:
+        return "model.optimizer has several groups of parameters"
+    if module.network is None or not can_stack(module.network):
+        return "model.network has buffers that are not in its state_dict, or weights that are there twice"
+    if job.trainer_settings.get("callbacks"):
+        return "trainer.callbacks act on one branch"
+    return None
+
+
+def resume_point(job: BranchJob) -> Path | None:
+    """`last.ckpt`, if there is one and the best weights so far are there too.
+
+    Where the user deleted a damaged `best.ckpt`, only training from the beginning finds those weights again.
+    """
+    if not job.paths.last.exists():
+        return None
+    checkpoint = load_checkpoint(job.paths.last, job.run.identity(job.branch))
+    has_best = checkpoint["callbacks"][BestCheckpoint.__qualname__]["best"][0] > -math.inf
+    return None if has_best and not job.paths.best.exists() else job.paths.last
+
+
+def check_same_config(job: BranchJob) -> None:
+    """Raises: RunError if the branch was begun with settings that would change what it computes."""
+    if not job.paths.config.exists():
+        return
+    differing = different_settings(job.paths.config.read_text(), job.config_yaml)
+    if differing:
+        listed = "; ".join(f"{key} was {a!r} and is now {b!r}" for key, (a, b) in differing.items())
+        raise RunError(
+            f"branch {job.branch} in {job.paths.folder} was begun with other settings: {listed}. "
+            "Choose another `run.name`, or delete the branch's folder"
+        )
+
+
+def different_settings(kept: str, wanted: str) -> dict[str, tuple[Any, Any]]:
+    """Keys at which two configs in YAML differ, those aside that are free to change."""
+    return {
+        key: values
+        for key, values in different_keys(yaml.safe_load(kept), yaml.safe_load(wanted)).items()
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE_SETTINGS)
+    }
+
+
+def load_best(job: BranchJob) -> BranchModule:
+    """The branch with the weights of `best.ckpt`, in evaluation mode on the CPU; its data as they were standardised.
+
+    Raises: CheckpointError if there is none, or it is not of this branch, run and network.
+    """
+    checkpoint = load_checkpoint(job.paths.best, job.run.identity(job.branch))
+    job.data.restore(checkpoint["SpectralDataModule"])
+    module = job.built_module()
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{job.paths.best} does not fit model.network: {error}") from error
+    return module.eval()
+
+
+def _is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()

@@ -1,0 +1,78 @@
+"""Lightning's Trainer for the branches of a process: which settings are the user's, and which are ours."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+
+from stl_lightning.checkpoint import BranchFiles
+from stl_lightning.errors import ConfigError
+from stl_lightning.strategy import alone
+from stl_lightning.training.job import BranchJob
+
+# Trainer settings that this toolkit decides: one device a branch, a folder a branch, loggers by `tracking`.
+OWN_TRAINER_SETTINGS = (
+    "strategy", "devices", "num_nodes", "logger", "default_root_dir", "use_distributed_sampler", "enable_checkpointing",
+)  # fmt: skip
+
+
+def check_trainer_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """A copy without the settings that are ours, if those were left alone.
+
+    Raises: ConfigError if one was set, or if there is no end to the training.
+    """
+    untouched = (None, "auto", 1, True)
+    for key in OWN_TRAINER_SETTINGS:
+        if settings.get(key) not in untouched:
+            raise ConfigError(
+                f"trainer.{key}: expected to be left unset, got {settings[key]!r}; every branch trains alone on one "
+                "device (choose it by trainer.accelerator and by starting ranks), logs as `tracking` says, and keeps "
+                "its checkpoints in the run directory"
+            )
+    if settings.get("max_epochs") is None and settings.get("max_steps", -1) == -1 and not settings.get("fast_dev_run"):
+        raise ConfigError(
+            "trainer.max_epochs: expected a number of epochs (or trainer.max_steps), got neither; is there a --config?"
+        )
+    if settings.get("precision") in ("16-mixed", "16", 16):
+        raise ConfigError(
+            f"trainer.precision: expected 32-true, bf16-mixed or bf16-true, got {settings['precision']}; the loss "
+            "scaling of half precision would be shared between branches"
+        )
+    return {key: value for key, value in settings.items() if key not in OWN_TRAINER_SETTINGS}
+
+
+def make_trainer(jobs: Sequence[BranchJob], **own: Any) -> Trainer:
+    """A Trainer for these branches and no others, with the user's settings and `own` ones that go before them."""
+    first = jobs[0]
+    settings = check_trainer_settings(first.trainer_settings)
+    independent = alone(settings.pop("accelerator", None) or "auto", first.local_rank)
+    independent["plugins"] += [BranchFiles([job.paths for job in jobs]), *(settings.pop("plugins", None) or [])]
+    settings = {key: value for key, value in settings.items() if value is not None}
+    defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0}
+    return Trainer(**defaults | settings | {"default_root_dir": first.paths.folder} | independent | own)
+
+
+def predicting_trainer(job: BranchJob) -> Trainer:
+    """A Trainer with the device and precision of the training, for anything but training."""
+    return make_trainer([job], logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[])
+
+
+# Values of the Trainer's settings that count batches, with which they do not matter.
+USUAL = {
+    "fast_dev_run": (False, None), "limit_train_batches": (None, 1.0), "overfit_batches": (None, 0.0),
+    "val_check_interval": (None, 1.0), "profiler": (None,),
+}  # fmt: skip
+BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end", "on_before_optimizer_step", "on_after_backward")
+
+
+def chunks(settings: dict[str, Any]) -> bool:
+    """Whether minibatches may be handed to Lightning many at a time: not where a setting counts or sees each one."""
+    counts = any(settings.get(name, usual[0]) not in usual for name, usual in USUAL.items())
+    counts |= settings.get("check_val_every_n_epoch", 1) is None
+    return not counts and not any(_sees_batches(callback) for callback in settings.get("callbacks") or [])
+
+
+def _sees_batches(callback: Callback) -> bool:
+    own = [hook for hook in BATCH_HOOKS if getattr(type(callback), hook) is not getattr(Callback, hook)]
+    return bool(own) and not isinstance(callback, ProgressBar)
