@@ -1,7 +1,9 @@
 """The slices of the branches of a process as Lightning loaders: nothing of the other branches."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
+
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +40,8 @@ File = Literal["train", "test"]  # what a source or store keeps; validation imag
 STATISTICS_IMAGES = 10_000
 KLT_IMAGES = 2_000
 
-# A data set lives on the GPU if it takes at most this share of the memory that is free there.
+# Training slices are held in memory, and on the GPU, if they take at most this share of what is free there.
+MEMORY_SHARE = 0.5
 DEVICE_SHARE = 0.6
 
 
@@ -109,7 +112,8 @@ class SpectralDataModule(LightningDataModule):
         self.source = open_source(source, root, download, image_size) if self.store is None else self.store.source
         self.spectral = SpectralSplit(self.source.image_shape, block, reorganisation, transform, pad, seed)
         if self.store is not None:
-            self.store.check({"source": source, **self._split_settings()})
+            here = {"source": source, "image_size": image_size, "val_size": val_size, "seed": seed}
+            self.store.check(here | self._split_settings())
             _take_matrix(self.spectral, self.store.matrix)
         self.n_branches = self.spectral.n_slices
         self.n_classes = self.source.n_classes
@@ -308,7 +312,16 @@ class SpectralDataModule(LightningDataModule):
         """Whether training slices can be computed once: images in memory, changed in no way that slices do not take."""
         if self.store is not None or isinstance(self._load("train"), ImageFiles):
             return False
-        return self.augment is None or can_augment_slices(self.augment, self.spectral)
+        if self.augment is not None and not can_augment_slices(self.augment, self.spectral):
+            return False
+        n_bytes = 4 * len(self.branches) * math.prod(self.in_shape) * len(self._labels("train"))
+        if n_bytes < MEMORY_SHARE * free_memory():
+            return True
+        print(
+            f"the training slices would take {n_bytes / 1e9:.1f} GB, too much of the free memory: they are computed anew "
+            "for every batch; `stl prepare` and data.store keep them in files", flush=True,
+        )  # fmt: skip
+        return False
 
     def _on_device(self, raw: RawSlices) -> RawSlices:
         """On the device of the training, if all of it fits there beside a network."""
@@ -316,6 +329,16 @@ class SpectralDataModule(LightningDataModule):
             return raw
         device = self.trainer.strategy.root_device
         return raw.to(device) if raw.n_bytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] else raw
+
+
+def free_memory() -> float:
+    """Bytes that this machine can give to a process without swapping; infinite where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
+    return 1024 * int(available)
 
 
 def klt_sample(images: ImageArray | ImageFiles, indices: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Letters: s branches, n samples, c channels, h w space, k classes.
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class RawSlices(Protocol):
     def n_bytes(self) -> int:
         """What it keeps in memory, or would on a device."""
 
-    def to(self, device: torch.device) -> Self: ...
+    def to(self, device: torch.device) -> "RawSlices": ...
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class StoredSlice(Protocol):
     """One slice of every image, in memory or in a file."""
 
     @property
-    def n_bytes(self) -> int:
-        """What it takes in memory as it is kept."""
+    def values(self) -> Tensor:
+        """(n, c, h, w) in the type it is kept in."""
 
     def gather(self, positions: Tensor) -> Tensor:
         """Shapes: positions (n,) -> (n, c, h, w), float32."""
 
-    def to(self, device: torch.device) -> Self: ...
+    def to(self, device: torch.device) -> "StoredSlice": ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class FromSlices:
 
     @property
     def n_bytes(self) -> int:
-        return sum(slice_.n_bytes for slice_ in self.stored.values())
+        return sum(slice_.values.nbytes for slice_ in self.stored.values())
 
     def to(self, device: torch.device) -> "FromSlices":
         return replace(self, stored={k: slice_.to(device) for k, slice_ in self.stored.items()})

@@ -147,6 +147,7 @@ class SpectralCLI(LightningCLI):
     def as_baseline(self) -> "SpectralCLI":
         """The same config for the conventional network: one branch, whose one slice is the whole image."""
         whole = {"reorganisation": "polyphase", "block": 1, "transform": "identity", "pad": None, "branch": None}
+        whole["store"] = None  # which holds slices and no images
         self.config.data.update(Namespace(slices_per_branch=1, **whole))
         if self.config.baseline.network is not None:
             self.config.model.network = self.config.baseline.network
