@@ -16,10 +16,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from stl_lightning.errors import CheckpointError
-from stl_lightning.module import IDENTITY
+from stl_lightning.module import IDENTITY, TOTALS
 from stl_lightning.paths import BranchPaths, write_atomically
 from stl_lightning.stacked import stack_optimizers, stack_states, unstack_optimizer, unstack_state
 
@@ -87,18 +86,6 @@ class Part:
     together: Callable[[Sequence[Any]], Any]
 
 
-def _module_apart(state: dict[str, Tensor], i: int) -> dict[str, Tensor]:
-    network = {name: value for name, value in state.items() if name.startswith(NETWORK)}
-    return {name: value[i : i + 1] for name, value in state.items()} | unstack_state(network, i)
-
-
-def _modules_together(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    networks = [{name: value for name, value in state.items() if name.startswith(NETWORK)} for state in states]
-    return {
-        name: torch.cat([state[name] for state in states]) for name in states[0] if not name.startswith(NETWORK)
-    } | (stack_states(networks))
-
-
 def _lists_apart(lists: dict[str, list[Any]], i: int) -> dict[str, list[Any]]:
     return {key: values[i : i + 1] for key, values in lists.items()}
 
@@ -107,10 +94,10 @@ def _lists_together(parts: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any
     return {key: [value for part in parts for value in part[key]] for key in parts[0]}
 
 
-NETWORK = "network."  # in the state of a BranchModule
 PARTS = {
     IDENTITY: Part(lambda of, i: of[i : i + 1], lambda parts: [of for part in parts for of in part]),
-    "state_dict": Part(_module_apart, _modules_together),
+    TOTALS: Part(lambda totals, i: totals[i : i + 1].clone(), lambda parts: torch.cat(list(parts))),
+    "state_dict": Part(unstack_state, stack_states),
     "SpectralDataModule": Part(_lists_apart, _lists_together),
     "optimizer_states": Part(
         lambda states, i: [unstack_optimizer(state, i) for state in states],
@@ -189,10 +176,13 @@ class LastCheckpoint(Checkpoint):
         """Save at the end of the chunk in which a multiple of `every_n_steps` was passed."""
         every = self.every_n_steps
         is_due = every is not None and trainer.global_step // every > self._saved_step // every
-        # The end of an epoch has its own checkpoint, after validation. Between the minibatches of one accumulated step
-        # there are gradients, which no checkpoint holds.
-        if is_due and not trainer.is_last_batch and module.has_stepped:
-            self._save(trainer, module)
+        # The end of an epoch, or of the training, has its own checkpoint, after validation. Between the minibatches of
+        # one accumulated step there are gradients, which no checkpoint holds.
+        if is_due and module.has_stepped and not (trainer.is_last_batch or trainer.should_stop):
+            loop = trainer.fit_loop
+            # A run that resumes takes the validation at its checkpoint for done: where one comes now, the next step.
+            if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+                self._save(trainer, module)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         is_last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
@@ -246,11 +236,13 @@ class BestCheckpoint(Checkpoint):
         self._stop_if_any_ended(trainer, module)
 
     def _stop_if_any_ended(self, trainer: Trainer, module: Any) -> None:
-        if any(self.has_ended(i) or not module.is_alive(i) for i in range(len(self.best))):
+        if self.ended(module):
             trainer.should_stop = True
 
-    def has_ended(self, i: int) -> bool:
-        return self.patience is not None and self.waited[i] >= self.patience
+    def ended(self, module: Any) -> list[int]:
+        """The positions of the branches that have diverged or run out of patience: an end before the last epoch."""
+        limit = math.inf if self.patience is None else self.patience
+        return [i for i, waited in enumerate(self.waited) if waited >= limit or not module.is_alive(i)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "waited": self.waited}

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,6 +173,10 @@ class SpectralDataModule(LightningDataModule):
             self._statistics = self._measure()
         if stage == "fit" and self._held is None and self._can_hold_slices():
             self._held = read_all(self._raw("train", None), len(self._labels("train")))
+            # Augmentation acts on slices as they are: zeros that come in are black pixels.
+            self._is_standardised = self.augment is None or not self.augment.moves
+            if self._is_standardised:
+                self._statistics.standardise_(self._held)
         self._check_restored()
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -192,9 +195,10 @@ class SpectralDataModule(LightningDataModule):
         file: File = "test" if split == "test" else "train"
         augment = self.augment if training else None
         raw = self._raw(file, augment)
+        statistics = None if isinstance(raw, InMemory) and self._is_standardised else self._statistics
         mixing = augment if augment is not None and augment.mixes else None
         return BranchSlices(
-            self._on_device(raw), self._labels(file), self._split(split), len(self.branches), self._statistics, mixing,
+            self._on_device(raw), self._labels(file), self._split(split), len(self.branches), statistics, mixing,
             self.n_classes, self.seed,
         )  # fmt: skip
 
@@ -318,8 +322,8 @@ class SpectralDataModule(LightningDataModule):
         if n_bytes < MEMORY_SHARE * free_memory():
             return True
         print(
-            f"the training slices would take {n_bytes / 1e9:.1f} GB, too much of the free memory: they are computed anew "
-            "for every batch; `stl prepare` and data.store keep them in files", flush=True,
+            f"the training slices would take {n_bytes / 1e9:.1f} GB, too much of the free memory: they are computed "
+            "anew for every batch; `stl prepare` and data.store keep them in files", flush=True,
         )  # fmt: skip
         return False
 

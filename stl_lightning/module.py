@@ -20,6 +20,7 @@ from stl_lightning.networks import MLP
 from stl_lightning.stacked import clip_gradients, stack, stacked_forward
 
 IDENTITY = "stl_lightning"  # key of the identities inside a checkpoint
+TOTALS = "train_totals"  # and of the sums since the epoch began
 
 NetworkFactory = Callable[[tuple[int, int, int], int], nn.Module]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -90,9 +91,9 @@ class BranchModule(LightningModule):
         self.network = networks[0] if len(networks) == 1 else stack(networks)
         if self.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
-        # Loss sum, correct answers and images since the epoch began. In the state, so that an epoch that was resumed
-        # in the middle reports the same mean as an undisturbed one.
-        self.register_buffer("train_totals", torch.zeros(self.n_branches, 3))
+        # Loss sum, correct answers and images since the epoch began. No buffer, which bf16-true would round; but in the
+        # checkpoint, so that an epoch that was resumed in the middle reports the same mean as an undisturbed one.
+        self.train_totals = torch.zeros(self.n_branches, 3)
         self.val_totals = torch.zeros(self.n_branches, 3)  # the same of the last validation
         self.register_buffer("diverged_at", torch.full((self.n_branches,), -1), persistent=False)
         self._forward = (
@@ -146,38 +147,49 @@ class BranchModule(LightningModule):
             )
         return [optimizer], [scheduler]
 
+    def on_train_start(self) -> None:
+        self.train_totals = self.train_totals.to(self.device)
+
     def on_train_epoch_start(self) -> None:
         self.train_totals.zero_()
 
     def training_step(self, batch: Chunk | tuple[Tensor, Tensor], batch_index: int) -> None:
         """Make a step on each minibatch of a chunk, up to `trainer.max_steps`."""
-        first_step, losses, hits, sizes = self.trainer.global_step, [], [], []
+        losses, answers, labels, steps = [], [], [], []
         for x, targets in self._minibatches(batch):
-            logits, loss = self._loss(x, targets)
-            (loss.sum() / self.accumulate).backward()
+            steps.append(self.trainer.global_step)
+            loss_sum, loss, logits = self._loss(x, targets)
+            (loss_sum if self.accumulate == 1 else loss_sum / self.accumulate).backward()
             # Autocast keeps its copies of the weights until its context ends, which Lightning leaves after the chunk.
             torch.clear_autocast_cache()
-            losses.append(loss.detach())
-            hits.append(_hits(logits.detach(), targets))
-            sizes.append(len(targets))
+            losses.append(loss)
+            answers.append(logits.argmax(-1))
+            labels.append(targets)
             self._step_if_due()
-        self._note(torch.stack(losses), torch.stack(hits), torch.tensor(sizes), first_step)
+        if self._has_all_steps():
+            self.trainer.should_stop = True  # has Lightning validate the last weights, wherever a chunk ends
+        self._note(torch.stack(losses), answers, labels, torch.tensor(steps))
 
     def _minibatches(self, batch: Chunk | tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        device, convert = self.device, self.trainer.precision_plugin.convert_input
         for x, targets in batch if isinstance(batch, Chunk) else [batch]:
-            x = self.trainer.precision_plugin.convert_input(x.to(self.device, non_blocking=True))
-            yield x, targets.to(self.device, non_blocking=True)
-            if 0 <= self.trainer.max_steps <= self.trainer.global_step:
+            yield convert(x.to(device, non_blocking=True)), targets.to(device, non_blocking=True)
+            if self._has_all_steps():
                 return
 
-    def _loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (s n k) and the mean loss of each branch (s,)."""
-        logits = self(x).view(self.n_branches, len(targets), -1)
+    def _has_all_steps(self) -> bool:
+        return 0 <= self.trainer.max_steps <= self.trainer.global_step
+
+    def _loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of the branches' mean losses, to go backward from; beside it the losses (s,) and logits (s n k)."""
+        logits = self.forward(x)
         if self.n_branches == 1:
-            return logits, F.cross_entropy(logits[0], targets, label_smoothing=self.label_smoothing)[None]
+            loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+            return loss, loss.detach()[None], logits.detach()[None]
         repeated = targets.repeat(self.n_branches, *[1] * (targets.ndim - 1))
         losses = F.cross_entropy(logits.flatten(0, 1), repeated, reduction="none", label_smoothing=self.label_smoothing)
-        return logits, losses.view(self.n_branches, -1).mean(1)
+        losses = losses.view(self.n_branches, -1).mean(1)
+        return losses.sum(), losses.detach(), logits.detach()
 
     def _step_if_due(self) -> None:
         self.has_stepped = self._is_due()
@@ -211,15 +223,17 @@ class BranchModule(LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             config.scheduler.step()  # type: ignore[call-arg]
 
-    def _note(self, losses: Tensor, hits: Tensor, sizes: Tensor, first_step: int) -> None:
-        """Add up a chunk: losses and hits (m s) of m minibatches of `sizes` (m,)."""
-        sizes = sizes.to(losses.device)[:, None].expand_as(hits)
+    def _note(self, losses: Tensor, answers: list[Tensor], targets: list[Tensor], steps: Tensor) -> None:
+        """Add up a chunk of m minibatches: losses (m s), answers (s n) to targets (n,) or (n k), after `steps` (m,)."""
+        sizes = [len(of_batch) for of_batch in targets]
         # One after the other, so that the rounding does not depend on where chunks begin.
-        for totals in torch.stack([losses.float() * sizes, hits, sizes], 2):
-            self.train_totals += totals
+        for loss, n_images in zip(losses.float(), sizes, strict=True):
+            self.train_totals[:, 0] += loss * n_images
+        self.train_totals[:, 1] += (torch.cat(answers, 1) == _labels(torch.cat(targets))).sum(1)
+        self.train_totals[:, 2] += sum(sizes)
         bad = ~losses.isfinite()
         if bad.any():
-            first = first_step + bad.int().argmax(0) // self.accumulate
+            first = steps.to(bad.device)[bad.int().argmax(0)]
             self.diverged_at = torch.where(bad.any(0) & (self.diverged_at < 0), first, self.diverged_at)
             self.stop_if_diverged()
 
@@ -254,6 +268,10 @@ class BranchModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[IDENTITY] = self.identities
+        checkpoint[TOTALS] = self.train_totals
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.train_totals = checkpoint[TOTALS]
 
     def is_alive(self, i: int) -> bool:
         """Whether the training loss of the i-th branch has been finite so far."""
@@ -275,7 +293,7 @@ class BranchModule(LightningModule):
         x, labels = batch
         logits = self(x).float().view(self.n_branches, len(labels), -1)
         losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(self.n_branches), reduction="none")
-        hits = _hits(logits, labels)
+        hits = (logits.argmax(-1) == labels).sum(-1)
         totals = torch.stack(
             [losses.view(self.n_branches, -1).sum(1), hits, hits.new_tensor(len(labels)).expand_as(hits)], 1
         )
@@ -291,10 +309,9 @@ def _means(split: str, totals: Tensor) -> dict[str, Tensor]:
     return {f"{split}/loss": loss_sum / n_images, f"{split}/acc": n_correct / n_images}
 
 
-def _hits(logits: Tensor, targets: Tensor) -> Tensor:
-    """Correct answers of each branch (s,) of logits (s n k) for labels (n,), or the largest of mixed targets (n k)."""
-    labels = targets if targets.ndim == 1 else targets.argmax(1)
-    return (logits.argmax(-1) == labels).sum(-1)
+def _labels(targets: Tensor) -> Tensor:
+    """Labels (n,), or of mixed targets (n k) the class with the largest share."""
+    return targets if targets.ndim == 1 else targets.argmax(1)
 
 
 def branch_seed(seed: int, branch: int) -> int:

@@ -31,6 +31,10 @@ class Statistics:
         scale = 1 / self.std[:, None]
         return torch.addcmul(-self.mean[:, None] * scale, x, scale)
 
+    def standardise_(self, x: Tensor) -> None:
+        """The same in place."""
+        x.sub_(self.mean[:, None]).div_(self.std[:, None])
+
     def to(self, device: torch.device) -> "Statistics":
         return Statistics(self.mean.to(device), self.std.to(device))
 

@@ -115,8 +115,11 @@ BATCHED: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
 
 
 def unstack_state(state: dict[str, Tensor], i: int) -> dict[str, Tensor]:
-    """The state dict of branch i from that of a stacked network; undone by `stack_states`."""
-    return {name: value[i] for name, value in state.items()}
+    """The state dict of branch i from that of a stacked network; undone by `stack_states`.
+
+    Copies: a file or a deep copy of a view holds all that it is a view of.
+    """
+    return {name: value[i].clone() for name, value in state.items()}
 
 
 def stack_states(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -125,8 +128,8 @@ def stack_states(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def unstack_optimizer(state: dict[str, Any], i: int) -> dict[str, Any]:
-    """The optimiser state of branch i from that of stacked parameters; undone by `stack_optimizers`."""
-    return state | {"state": {n: _each(of, lambda key, value: value[i]) for n, of in state["state"].items()}}
+    """The optimiser state of branch i from that of stacked parameters, copied; undone by `stack_optimizers`."""
+    return state | {"state": {n: _each(of, lambda key, value: value[i].clone()) for n, of in state["state"].items()}}
 
 
 def stack_optimizers(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -157,7 +160,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, algorithm: 
         (nn.utils.clip_grad_value_ if algorithm == "value" else nn.utils.clip_grad_norm_)(parameters, limit)
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients]).norm(dim=0)
+    norms = torch.stack([torch.linalg.vector_norm(g.reshape(n_branches, -1), dim=1) for g in gradients]).norm(dim=0)
     scale = (limit / (norms + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))

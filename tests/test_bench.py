@@ -1,6 +1,7 @@
 """`tools/bench`: turns, ratios and verdicts are right, and what stl is measured against trains as well as stl."""
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -216,6 +217,17 @@ def test_a_measurement_from_the_command_to_the_file(bench: ModuleType, tmp_path:
     (found, *_) = json.loads((tmp_path / "new.json").read_text())["rows"]
     assert found["ratio"] > 0
     assert (found["subject"], found["data"], found["goal"]) == ("rank", "generated", "ratio >= 0.95")
+
+
+@pytest.mark.slow
+def test_every_subject_runs(tmp_path: Path) -> None:
+    """In a process of its own, as from the command line: a row of numbers, or why there are none."""
+    command = [sys.executable, str(TOOLS / "bench"), "--quick", "--out", str(tmp_path / "new.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "new.json").read_text())["rows"]
+    assert {row["subject"] for row in found} == set(SUBJECTS)
+    assert all(row.get("ratio", 0) > 0 or "skipped" in row for row in found)
 
 
 def test_every_subject_is_in_the_table() -> None:

@@ -45,8 +45,9 @@ def test_the_readme_names_every_row(table: str) -> None:
 
 
 def test_results_are_rendered_and_not_typed(record: ModuleType) -> None:
-    block = README.split(record.MARKS[0])[1].split(record.MARKS[1])[0]
-    assert block == record.render()
+    blocks = {record.MARKS: record.render(), record.BENCHMARK_MARKS: record.render_benchmarks()}
+    for (begin, end), block in blocks.items():
+        assert README.split(begin)[1].split(end)[0] == block
 
 
 def test_the_config_in_the_readme_is_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,13 @@ def test_prob_is_the_arithmetic_and_log_prob_the_geometric_mean() -> None:
     torch.testing.assert_close(pool(logits, WEIGHTS, "logits").exp(), geometric)
 
 
+@pytest.mark.parametrize("n_axes", [1, 2, 3])
+def test_log_prob_ignores_what_is_added_to_all_logits_of_a_sample(n_axes: int) -> None:
+    logits, shift = normal(3, 20, 4), normal(3, 20, 1)
+    weights = normal(*(3, 4, 5)[:n_axes])
+    torch.testing.assert_close(pool(logits + shift, weights, "log_prob"), pool(logits, weights, "log_prob"))
+
+
 def test_affine_maps_are_applied_member_by_member() -> None:
     outputs, maps = normal(3, 20, 4), normal(3, 4, 5, seed=1)
     ones = torch.ones(20, 1, dtype=torch.float64)

@@ -25,7 +25,8 @@ from stl_lightning.tracking import TrackingOptions
 from stl_lightning.training import BranchJob, check_trainer_settings, different_settings
 
 PASSED_ON = (
-    "data.root", "data.num_workers", "data.eval_batch_size", "trainer.accelerator", "tracking.", "ensemble.",
+    "data.root", "data.store", "data.num_workers", "data.eval_batch_size", "trainer.accelerator", "tracking.",
+    "ensemble.",
 )  # fmt: skip
 
 

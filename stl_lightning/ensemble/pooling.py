@@ -79,7 +79,9 @@ def pool(logits: Tensor, weights: Tensor, space: str) -> Tensor:
     """
     row = space_named(space)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return row.decode(combine(row.encode(logits), weights.to(logits)))
+    # Decoding removes what this encoding adds, see SPACES; it would take as long as everything after it.
+    encoded = logits if row.log_linear and weights.ndim == 1 else row.encode(logits)
+    return row.decode(combine(encoded, weights.to(logits)))
 
 
 def temper(log_probs: Tensor, temperature: float) -> Tensor:

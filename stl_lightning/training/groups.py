@@ -144,7 +144,8 @@ def _blame(group: Sequence[Attempt], error: str) -> None:
         group[0].end("failed", error)
         return
     numbers = ", ".join(str(attempt.job.branch) for attempt in group)
-    what = f"branches {numbers} go on one after the other, since they failed together: {error}"
+    reason = error.strip().splitlines()[-1]  # of a traceback; all of it is recorded where the branch fails alone
+    what = f"branches {numbers} go on one after the other, since they failed together: {reason}"
     print(what, file=sys.stderr, flush=True)
     for attempt in group:
         attempt.is_alone = True
@@ -162,16 +163,19 @@ def _fit(group: Sequence[Attempt]) -> None:
     seed_everything(branch_seed(data.seed, first.branch), verbose=False)
     best = BestCheckpoint(first.options.monitor, first.options.patience, len(jobs))
     trainer = _training_trainer(group, module, data, best, resume_from)
+    # Lightning does so after it has loaded a checkpoint: weights in float64 would come back by way of float32.
+    trainer.precision_plugin.convert_module(module)
     trainer.fit(module, datamodule=data, ckpt_path=resume_from and resume_from.name, weights_only=True)
-    missing = [i for i, job in enumerate(jobs) if not job.paths.best.exists() and module.is_alive(i)]
-    if missing:  # trainer.max_steps ended it before the first validation
+    over = best.ended(module) or range(len(jobs))  # the others go on without those that ended early
+    missing = [i for i in over if not jobs[i].paths.best.exists() and module.is_alive(i)]
+    if missing:  # there was no validation
         trainer.save_checkpoint("best.ckpt", weights_only=True, storage_options=missing)
         trainer.strategy.checkpoint_io.flush()  # type: ignore[attr-defined]
-    for i, attempt in enumerate(group):
-        if not module.is_alive(i):
-            attempt.end("failed", str(module.divergence(i)))
-        elif len(group) == 1 or best.has_ended(i) or not trainer.should_stop:
-            attempt.end("finished")
+    for i in over:
+        if module.is_alive(i):
+            group[i].end("finished")
+        else:
+            group[i].end("failed", str(module.divergence(i)))
 
 
 def chunk_of(checkpoint: dict[str, Any], wanted: int | None) -> int | None:

@@ -1,0 +1,1 @@
+"""What `tools/bench` measures: one file per subject in `subjects`, and what they share beside it."""

@@ -1,0 +1,59 @@
+"""What each option that promises speed does to a training: the same training with it and without it."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from benchmarks.compare import Missing, Pair, Side, Turn, rows
+from benchmarks.plain import BATCH
+from benchmarks.setting import Setting
+from benchmarks.stl import NO_AUGMENTATION, arguments, training
+
+BFLOAT, FUSED = "--trainer.precision=bf16-mixed", "--model.optimizer.init_args.fused=true"
+COMPILED, CHANNELS_LAST = "--model.compile=default", "--model.channels_last=true"
+# name -> config, data set, steps of a repetition, settings of the training, settings of each option
+CASES: dict[str, tuple[str, str, int, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
+    "16 MLPs": (
+        "mnist.yaml", "mnist", 200, (),
+        {"bfloat16": (BFLOAT,), "fused Adam": (FUSED,), "torch.compile": (COMPILED,)},
+    ),
+    "ConvNet": (
+        "cifar10.yaml", "cifar10", 8,
+        ("--run.branches=[0]", *NO_AUGMENTATION),
+        {
+            "bfloat16": (BFLOAT,), "channels_last": (CHANNELS_LAST,),
+            "bfloat16, channels_last": (BFLOAT, CHANNELS_LAST), "fused Adam": (FUSED,), "torch.compile": (COMPILED,),
+        },
+    ),
+}  # fmt: skip
+
+
+def measure(setting: Setting) -> Iterator[dict[str, Any]]:
+    threads = setting.n_threads(2)
+    for device in setting.devices:
+        for name, (config, data_set, steps, settings, options) in list(CASES.items())[: setting.choose(None, 1)]:
+            data = setting.data(data_set, steps * BATCH, n_quick=16)
+            stl = partial(arguments, setting, config, data, device, *settings)
+            without = f"{name}, as configured"
+            sides: dict[str, Side] = {without: training(stl(), data.n)}
+            for option, added in list(options.items())[
+                : setting.choose(None, 2)
+            ]:  # compiling takes too long to be quick
+                side = training(stl(*added), data.n)
+                sides[f"{name}, {option}"] = with_compiler(side) if COMPILED in added else side
+            values = setting.take_turns(sides, threads)
+            pairs = [Pair(other, without) for other in sides if other != without]
+            yield from rows(values, pairs, "samples x branches / s", device=device, threads=threads, data=data.origin)
+
+
+def with_compiler(side: Side) -> Side:
+    """The side where there is a C++ compiler; torch.compile needs one."""
+
+    def checked(turn: Turn) -> None:
+        if shutil.which(os.environ.get("CXX", "c++")) is None:
+            raise Missing("torch.compile needs a C++ compiler, and there is none")
+        side(turn)
+
+    return checked
