@@ -41,7 +41,7 @@ class BranchModule(LightningModule):
         lr_scheduler: Class of the learning-rate schedule, called with the optimiser; null keeps the rate constant.
         lr_interval: Whether the schedule advances every `epoch` or every `step`.
         label_smoothing: Share of the target spread over all classes, as in torch.nn.CrossEntropyLoss.
-        channels_last: Keep images and filters with their channels last in memory; for convolutions in bf16.
+        channels_last: Keep images and filters with their channels last in memory, where branches train one by one.
         compile: Mode of torch.compile: default, reduce-overhead (CUDA graphs) or max-autotune; null is off.
 
     Raises: DivergedError that names the step, once the training loss of every branch is no longer finite.
@@ -89,7 +89,9 @@ class BranchModule(LightningModule):
         networks = [self._construct(in_shape, n_classes, branch_seed(seed, branch)) for branch in branches]
         self.n_branches = len(networks)
         self.network = networks[0] if len(networks) == 1 else stack(networks)
-        if self.channels_last:
+        # Stacked filters have five dimensions, and a layout that vmap decides.
+        self.is_channels_last = self.channels_last and self.n_branches == 1
+        if self.is_channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
         # Loss sum, correct answers and images since the epoch began. No buffer, which bf16-true would round; but in the
         # checkpoint, so that an epoch that was resumed in the middle reports the same mean as an undisturbed one.
@@ -126,8 +128,8 @@ class BranchModule(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of standardised slices: (n c h w) -> (n k) for one branch, (s n c h w) -> (s n k) for several."""
-        if self.channels_last:
-            x = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+        if self.is_channels_last:
+            x = x.to(memory_format=torch.channels_last)
         return self._forward(x)
 
     def _run_network(self, x: Tensor) -> Tensor:
@@ -137,6 +139,8 @@ class BranchModule(LightningModule):
     def configure_optimizers(self) -> Any:
         assert self.network is not None, "build() comes before configure_optimizers()"
         optimizer = self.optimizer_factory(self.network.parameters())
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigError("model.optimizer: LBFGS evaluates the loss several times a step; expected SGD, Adam, ...")
         if self.scheduler_factory is None:
             return optimizer
         scheduler = self.scheduler_factory(optimizer)

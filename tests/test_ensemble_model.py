@@ -51,7 +51,7 @@ def rowwise(in_shape: tuple[int, int, int]) -> nn.Module:
 
 
 def hooked(in_shape: tuple[int, int, int]) -> nn.Module:
-    network = mlp(in_shape)
+    network = MLP(in_shape, K, depth=3, width=17)
     network[1].register_forward_hook(lambda layer, args, output: 2 * output)
     return network
 

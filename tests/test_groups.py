@@ -363,7 +363,7 @@ def test_without_validation_the_best_weights_are_the_last_though_a_sibling_diver
 
 
 def test_branches_that_run_out_of_patience_end_each_in_its_own_epoch(tmp_path: Path, log: Log) -> None:
-    changes = {"trainer": {"max_epochs": 8}, "lr": 0.03, "options": {"patience": 1, "monitor": "val/loss"}}
+    changes = {"trainer": {"max_epochs": 8}, "lr": 0.03, "options": {"patience": 2, "monitor": "val/acc"}}
     changes["scheduler"] = lambda optimizer: optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 3.0**epoch)
     stacked = train(tmp_path / "stacked", **changes)
     groups = log.groups.copy()
@@ -417,12 +417,11 @@ def test_a_fault_of_one_branch_is_found_and_recorded_as_its_own(
 @pytest.mark.parametrize(
     ("changes", "setting"),
     [
-        ({"optimizer": lambda parameters: optim.LBFGS(parameters)}, "model.optimizer LBFGS"),
         ({"optimizer": lambda parameters: optim.Adafactor(parameters)}, "model.optimizer Adafactor"),
         ({"optimizer": lambda parameters: optim.SGD([{"params": [p]} for p in parameters])}, "groups of parameters"),
         ({"trainer": {"callbacks": [Callback()]}}, "trainer.callbacks"),
     ],
-    ids=["lbfgs", "adafactor", "parameter-groups", "callbacks"],
+    ids=["adafactor", "parameter-groups", "callbacks"],
 )
 def test_what_cannot_be_stacked_is_refused_before_training_by_name(
     changes: dict[str, Any], setting: str, tmp_path: Path, log: Log
@@ -434,7 +433,7 @@ def test_what_cannot_be_stacked_is_refused_before_training_by_name(
     assert not log.groups
     (auto,) = jobs_of(tmp_path, [0], **changes)
     check_branch(auto)
-    assert not training.groups.stacks(auto)
+    assert training.groups.stacked_design(auto) is None
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
@@ -493,6 +492,7 @@ COUNTING: dict[str, tuple[dict[str, Any], int, int]] = {
     "validate-late": ({"check_val_every_n_epoch": 2}, 24, 1),
     "never-validate": ({"limit_val_batches": 0}, 24, 0),
     "validate-after-the-end": ({"check_val_every_n_epoch": 5}, 24, 0),
+    "five-a-step": ({"accumulate_grad_batches": 5}, 6, 2),  # the last two of an epoch are a step of their own
     "max-steps": ({"max_steps": 5, "limit_val_batches": 0}, 5, 0),
 }
 

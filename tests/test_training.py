@@ -214,6 +214,12 @@ def test_trainer_settings_of_ours_are_refused(tmp_path: Path) -> None:
         make_trainer([make_job(tmp_path, trainer={"max_epochs": None})])
 
 
+def test_an_optimiser_that_wants_a_closure_is_refused() -> None:
+    module = BranchModule(noisy_mlp, torch.optim.LBFGS).build((1, 4, 4), 10, 0, [0])
+    with pytest.raises(ConfigError, match=r"model\.optimizer: LBFGS"):
+        module.configure_optimizers()
+
+
 def test_a_plateau_schedule_is_refused(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     job.module.scheduler_factory = torch.optim.lr_scheduler.ReduceLROnPlateau

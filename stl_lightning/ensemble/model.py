@@ -17,7 +17,7 @@ from stl_lightning.ensemble.fit import FittedEnsemble
 from stl_lightning.errors import RunError
 from stl_lightning.paths import write_atomically
 from stl_lightning.spectral import SpectralSplit
-from stl_lightning.stacked import BATCHED, can_stack, chain, stack
+from stl_lightning.stacked import can_stack, chain, run_chain, stack
 from stl_lightning.training import BranchJob, load_best
 
 
@@ -93,10 +93,7 @@ class MemberGroup(nn.Module):
     def _stacked(self, x: Tensor) -> Tensor:
         """Raw slices (s, n, c, h, w) -> logits (s, n, k)."""
         assert self.layers is not None, "a member alone is called as it is"
-        x = self._standardised(x)
-        for layer in self.layers:
-            x = LAYERS[type(layer)](layer, x)
-        return x
+        return run_chain(self.layers, self._standardised(x))
 
 
 def _groups(branches: Sequence[nn.Module]) -> list[list[int]]:
@@ -107,26 +104,12 @@ def _groups(branches: Sequence[nn.Module]) -> list[list[int]]:
     """
     groups: dict[object, list[int]] = {}
     for i, branch in enumerate(branches):
-        layers = chain(branch)
-        is_batched = layers and isinstance(layers[0], nn.Flatten) and can_stack(branch)
+        is_batched = chain(branch) is not None and can_stack(branch)
         groups.setdefault(repr(branch) if is_batched else i, []).append(i)
     return list(groups.values())
 
 
-def _linear(layer: Any, x: Tensor) -> Tensor:
-    """A linear layer (s, n, f_in) -> (s, n, f_out), for many samples kept in memory as (s, f_out, n).
-
-    The innermost loop of the product then runs over n, not over f_out: 49 features leave vector registers half empty.
-    """
-    if x.shape[1] < MANY_SAMPLES:
-        return BATCHED[nn.Linear](layer, x)
-    product = layer.weight @ x.mT if layer.bias is None else torch.baddbmm(layer.bias[..., None], layer.weight, x.mT)
-    return product.mT
-
-
 PART = 256  # samples a CPU takes through all layers at once, so that what is between two layers stays in its cache
-MANY_SAMPLES = 32  # from here on the transposed product is the faster one
-LAYERS = BATCHED | {nn.Linear: _linear, nn.ReLU: lambda _, x: x.relu_()}
 
 
 def build_ensemble(jobs: Sequence[BranchJob], fitted: FittedEnsemble) -> SpectralEnsemble:

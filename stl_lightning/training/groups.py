@@ -87,33 +87,38 @@ class Attempt:
 
 def next_group(waiting: Sequence[Attempt]) -> tuple[list[Attempt], list[Attempt]]:
     """Those that can train together with the first, and the others."""
-    keys = [_group_key(attempt) for attempt in waiting]
+    keys = [_group_key(attempt) for attempt in waiting] if len(waiting) > 1 else [None]
     group = [attempt for attempt, key in zip(waiting, keys, strict=True) if key == keys[0]]
     return group, [attempt for attempt, key in zip(waiting, keys, strict=True) if key != keys[0]]
 
 
-def stacks(job: BranchJob) -> bool:
-    """Whether a branch may train with others as one network: as `run.stack` says; on a CPU, convolutions may not.
+def stacked_design(job: BranchJob) -> str | None:
+    """What two branches have in common that may train as one network; None for one that trains alone.
 
-    There a convolution of one branch keeps every core busy, and the grouped convolution of several is slower.
+    As `run.stack` says. On a CPU, `auto` keeps convolutions apart: one branch's keep every core busy there, and the
+    grouped convolution of several is slower.
     """
-    if job.options.stack is False or why_not_stacked(job) is not None:
-        return False
+    module = job.built_module()
+    if job.options.stack is False or why_not_stacked(job, module) is not None:
+        return None
     on_gpu = pick_device(job.trainer_settings.get("accelerator") or "auto", job.local_rank).type != "cpu"
-    has_convolutions = any(isinstance(layer, nn.modules.conv._ConvNd) for layer in job.built_module().modules())
-    return job.options.stack is True or on_gpu or not has_convolutions
+    has_convolutions = any(isinstance(layer, nn.modules.conv._ConvNd) for layer in module.modules())
+    if job.options.stack == "auto" and has_convolutions and not on_gpu:
+        return None
+    return f"{job.data.in_shape} {module.network}"
 
 
 def _group_key(attempt: Attempt) -> Any:
     """Equal for branches that can train together: same network, same step, nothing that keeps one apart."""
     job = attempt.job
     try:
-        if attempt.is_alone or not stacks(job):
+        design = None if attempt.is_alone else stacked_design(job)
+        if design is None:
             return id(attempt)
         resume_from = resume_point(job)
         checkpoint = load_checkpoint(resume_from) if resume_from else None
         at = checkpoint and (checkpoint["global_step"], checkpoint["loops"]["fit_loop"]["state_dict"])
-        return job.data.in_shape, str(job.built_module().network), at
+        return design, at
     except Exception:  # whatever it is, it is found again and recorded when the branch trains alone
         return id(attempt)
 

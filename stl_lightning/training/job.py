@@ -70,7 +70,7 @@ def check_branch(job: BranchJob) -> None:
     files cannot be read; ConfigError if it is to be stacked and cannot.
     """
     check_same_config(job)
-    if job.options.stack is True and (reason := why_not_stacked(job)):
+    if job.options.stack is True and (reason := why_not_stacked(job, job.built_module())):
         raise ConfigError(f"run.stack=true: {reason}; run.stack=auto trains the branches one after the other")
     status = read_status(job.paths, job.branch)
     is_here = status.state == "running" and status.host == socket.gethostname() and status.pid != os.getpid()
@@ -82,9 +82,8 @@ def check_branch(job: BranchJob) -> None:
         )
 
 
-def why_not_stacked(job: BranchJob) -> str | None:
-    """What in the settings of a branch makes it a branch that must train alone, if anything."""
-    module = job.built_module()
+def why_not_stacked(job: BranchJob, module: BranchModule) -> str | None:
+    """What in the settings of a branch and in its built module makes it one that must train alone, if anything."""
     optimizer = module.configure_optimizers()
     optimizer = optimizer[0][0] if isinstance(optimizer, tuple | list) else optimizer
     if type(optimizer) not in ELEMENTWISE:

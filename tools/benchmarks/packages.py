@@ -61,7 +61,7 @@ def lightning_epoch(module: Classifier, loader: DataLoader[Any], folder: str, ac
 def voting_classifier(member: nn.Module, n_members: int, on_gpu: bool) -> Any:
     """torchensemble's ensemble of independently trained members, with the optimiser of the others."""
     ensemble = needs("torchensemble").VotingClassifier(estimator=member, n_estimators=n_members, cuda=on_gpu)
-    ensemble.set_optimizer("Adam", lr=LR)
+    ensemble.set_optimizer("Adam", lr=LR, fused=True)
     return ensemble
 
 

@@ -31,7 +31,7 @@ def mlp(n_inputs: int = 49, n_classes: int = 10, depth: int = 8) -> nn.Sequentia
 
 
 def adam(parameters: Iterable[Tensor]) -> torch.optim.Adam:
-    return torch.optim.Adam(parameters, lr=LR)
+    return torch.optim.Adam(parameters, lr=LR, fused=True)
 
 
 def bmm_parameters(networks: Sequence[nn.Sequential]) -> Parameters:
