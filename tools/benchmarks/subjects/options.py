@@ -24,7 +24,8 @@ CASES: dict[str, tuple[str, str, int, tuple[str, ...], dict[str, tuple[str, ...]
         ("--run.branches=[0]", *NO_AUGMENTATION),
         {
             "bfloat16": (BFLOAT,), "channels_last": (CHANNELS_LAST,),
-            "bfloat16, channels_last": (BFLOAT, CHANNELS_LAST), "Adam not fused": (UNFUSED,), "torch.compile": (COMPILED,),
+            "bfloat16, channels_last": (BFLOAT, CHANNELS_LAST), "Adam not fused": (UNFUSED,),
+            "torch.compile": (COMPILED,),
         },
     ),
 }  # fmt: skip
