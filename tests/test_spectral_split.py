@@ -94,16 +94,18 @@ def test_polyphase_slice_is_a_strided_convolution_with_its_basis_images(transfor
 
 @pytest.mark.parametrize("reorganisation", REORGANISATIONS)
 def test_one_slice_costs_a_bth_of_the_products_of_all(reorganisation):
-    def flops_of_mv(matrix: torch.Size, _vector: torch.Size, **_) -> int:
-        return 2 * math.prod(matrix)
+    def flops(first: torch.Size, *_, **__) -> int:
+        return 2 * math.prod(first)
 
+    counted = dict.fromkeys((torch.ops.aten.mv, torch.ops.aten.mul, torch.ops.aten.add_), flops)
     split, images = make_split((3, 16, 16), 4, reorganisation), torch.randn(2, 3, 16, 16)
     with FlopCounterMode(display=False) as all_slices:
         split(images)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: flops_of_mv}) as one_slice:
+    with FlopCounterMode(display=False, custom_mapping=counted) as one_slice:
         split.slice(images, 5)
     assert all_slices.get_total_flops() == 2 * 16 * images.numel()
-    assert one_slice.get_total_flops() * 16 == all_slices.get_total_flops()
+    # A separable slice takes two steps, the second on a quarter of the numbers.
+    assert 1.0 <= one_slice.get_total_flops() * 16 / all_slices.get_total_flops() <= 1.25
 
 
 @pytest.mark.parametrize("pad", PADS)
@@ -144,7 +146,8 @@ def test_shift_by_whole_blocks_is_a_shift_of_every_slice(transform):
 def test_chunks_memory_and_tracked_gradients_change_nothing(reorganisation, transform, n, monkeypatch):
     split, images = make_split((3, 7, 12), (2, 4), reorganisation, transform, pad="reflect"), torch.randn(n, 3, 7, 12)
     whole = split(images)
-    monkeypatch.setattr(module, "CHUNK", 2 * 3 * 7 * 12)
+    for name in ("CHUNK", "ONE_SLICE_CHUNK"):
+        monkeypatch.setattr(module, name, 2 * 3 * 7 * 12)
     out = torch.empty(8, n, 3, 4, 3)
     written, tracked = split(images, out), split(images.clone().requires_grad_())
     for k, part in enumerate(whole):

@@ -3,7 +3,7 @@
 Axes: H W the image, h w one slice, b = bh * bw components of a tube, row-major in the block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,15 @@ Block = tuple[int, int]  # (bh, bw)
 
 @dataclass(frozen=True)
 class Reorganisation:
-    """One row of `REORGANISATIONS`: the image as a view of blocks, the way back, and the components one a row."""
+    """One row of `REORGANISATIONS`: the image as a view of blocks, the way back, and the components one a row.
+
+    `combine` is the sum of the components with weights u[row] v[col] in two cheap steps, where there are two.
+    """
 
     to_blocks: Callable[[Tensor, Block], Tensor]  # (..., H, W) -> (..., h, w, bh, bw)
     from_blocks: Callable[[Tensor, Block], Tensor]  # (..., h, w, bh, bw) -> (..., H, W)
     components: Callable[[Tensor, Block], Tensor]  # (..., H, W) -> (bh*bw, tubes), what a matrix multiplies
+    combine: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # (..., H, W), u (bh,), v (bw,) -> (..., h, w)
 
     def forward(self, images: Tensor, block: Block) -> Tensor:
         """Tubes of the image; undone by `inverse`. Shapes: (..., H, W) -> (..., H/bh, W/bw, bh*bw)."""
@@ -56,6 +60,26 @@ def polyphase_components(images: Tensor, block: Block) -> Tensor:
     return runs.permute(2, 1, 0, 3).flatten(2).flatten(0, 1)
 
 
+def polyphase_combine(images: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
+    """The sum of components (row, col) weighted by vertical[row] * horizontal[col], without forming them.
+
+    Neighbours in a row are contiguous, so they are summed first; what is left has whole rows of w pixels.
+    Shapes: (..., H, W), (bh,), (bw,) -> (..., H/bh, W/bw).
+    """
+    bh, bw = len(vertical), len(horizontal)
+    height, width = images.shape[-2:]
+    rows = torch.mv(images.reshape(-1, bw), horizontal).view(*images.shape[:-2], height // bh, bh, width // bw)
+    return _weighted_sum(rows.unbind(-2), vertical)
+
+
+def _weighted_sum(parts: Sequence[Tensor], weights: Tensor) -> Tensor:
+    first, *others = zip(parts, weights.tolist(), strict=True)
+    total = first[0] * first[1]
+    for part, weight in others:
+        total.add_(part, alpha=weight)
+    return total
+
+
 def tile_blocks(images: Tensor, block: Block) -> Tensor:
     """Component (row, col) is tile (row, col) of a bh x bw grid of tiles; undone by `tile_image`."""
     tiles = images.unflatten(-2, (block[0], -1)).unflatten(-1, (block[1], -1))
@@ -70,6 +94,12 @@ def tile_image(blocks: Tensor, block: Block) -> Tensor:
 def tile_components(images: Tensor, block: Block) -> Tensor:
     """Tile j of every image as row j; `tile_blocks` with the components first, flattened."""
     return tile_blocks(images, block).movedim((-2, -1), (0, 1)).flatten(2).flatten(0, 1)
+
+
+def tile_combine(images: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
+    """The sum of tiles (row, col) weighted by vertical[row] * horizontal[col]; shapes as in `polyphase_combine`."""
+    band = _weighted_sum(images.unflatten(-2, (len(vertical), -1)).unbind(-3), vertical)
+    return _weighted_sum(band.unflatten(-1, (len(horizontal), -1)).unbind(-2), horizontal)
 
 
 def raster_blocks(images: Tensor, block: Block) -> Tensor:
@@ -93,7 +123,7 @@ def raster_components(images: Tensor, block: Block) -> Tensor:
 
 
 REORGANISATIONS: dict[str, Reorganisation] = {
-    "polyphase": Reorganisation(polyphase_blocks, polyphase_image, polyphase_components),
-    "tiles": Reorganisation(tile_blocks, tile_image, tile_components),
+    "polyphase": Reorganisation(polyphase_blocks, polyphase_image, polyphase_components, polyphase_combine),
+    "tiles": Reorganisation(tile_blocks, tile_image, tile_components, tile_combine),
     "raster": Reorganisation(raster_blocks, raster_image, raster_components),
 }

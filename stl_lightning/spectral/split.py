@@ -3,7 +3,7 @@
 Axes: n samples, c channels, H W the image, h w one slice, b = bh * bw components of a tube, r rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from stl_lightning.spectral.transforms import TRANSFORMS, build_basis, tube_cova
 
 FIT_BATCH = 1024  # images; bounds the memory of the float64 copy
 CHUNK = 1 << 18  # pixels the CPU takes through all steps at once: 1 MB of float32, near the size of a core's cache
+ONE_SLICE_CHUNK = 1 << 20  # of one row the steps are so short that calling them costs more than the cache
 
 
 class SpectralSplit(nn.Module):
@@ -147,13 +148,23 @@ class SpectralSplit(nn.Module):
             if torch.is_grad_enabled() and images.requires_grad:  # a written memory has no gradient
                 return (matrix @ self._components(images)).view(shape)
             spectrum = _memory(out, shape, matrix)
-            chunks = _chunks(images)
+            write = self._row_writer(matrix[0]) if len(matrix) == 1 else self._rows_writer(matrix)
+            chunks = _chunks(images, CHUNK if len(matrix) > 1 else ONE_SLICE_CHUNK)
             for chunk, part in zip(chunks, spectrum.split([len(chunk) for chunk in chunks], 1), strict=True):
-                if len(matrix) == 1:  # as a matrix product up to twice as slow
-                    torch.mv(self._components(chunk).T, matrix[0], out=part.flatten())
-                else:
-                    torch.mm(matrix, self._components(chunk), out=part.flatten(1))
+                write(chunk, part)
         return spectrum
+
+    def _rows_writer(self, matrix: Tensor) -> Callable[[Tensor, Tensor], object]:
+        """A function that writes some rows of the transform. Shapes: (n, c, H, W), out (r, n, c, h, w)."""
+        return lambda images, out: torch.mm(matrix, self._components(images), out=out.flatten(1))
+
+    def _row_writer(self, weights: Tensor) -> Callable[[Tensor, Tensor], object]:
+        """The same for one row (b,): in two steps where its basis image is separable."""
+        combine = REORGANISATIONS[self.reorganisation].combine
+        factors = None if combine is None or weights.is_cuda else rank_one(weights.unflatten(0, self.block))
+        if combine is None or factors is None:  # as a matrix product up to twice as slow
+            return lambda images, out: torch.mv(self._components(images).T, weights, out=out.flatten())
+        return lambda images, out: out[0].copy_(combine(self._padded(images), *factors))
 
     def _components(self, images: Tensor) -> Tensor:
         return REORGANISATIONS[self.reorganisation].components(self._padded(images), self.block)
@@ -189,11 +200,22 @@ class SpectralSplit(nn.Module):
             )
 
 
-def _chunks(images: Tensor) -> Sequence[Tensor]:
-    """The images in parts of about `CHUNK` pixels; all at once on a GPU, which wants few large steps."""
+def rank_one(weights: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Vectors u and v with weights = u v^T, if there are any: the basis images of separable transforms.
+
+    Shapes: (bh, bw) -> (bh,), (bw,).
+    """
+    u, s, vh = torch.linalg.svd(weights.double())
+    if len(s) > 1 and s[1] > 1e-6 * s[0]:
+        return None
+    return (u[:, 0] * s[0]).to(weights), vh[0].to(weights)
+
+
+def _chunks(images: Tensor, n_pixels: int) -> Sequence[Tensor]:
+    """The images in parts of about `n_pixels`; all at once on a GPU, which wants few large steps."""
     if images.device.type != "cpu":
         return [images]
-    return images.split(max(1, CHUNK // prod(images.shape[1:])))
+    return images.split(max(1, n_pixels // prod(images.shape[1:])))
 
 
 def _memory(out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
