@@ -16,6 +16,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from stl_lightning.errors import CheckpointError
 from stl_lightning.module import IDENTITY, TOTALS
@@ -43,21 +44,33 @@ class BranchFiles(TorchCheckpointIO):
         if Path(path).name != str(path):
             write_atomically(Path(path), partial(torch.save, checkpoint))
             return
-        for i in range(len(self.branches)) if storage_options is None else storage_options:
-            self._waiting[self.branches[i].folder / path] = copy.deepcopy(take_apart(checkpoint, i))
-        if path != "best.ckpt":
-            self.flush()
+        chosen = range(len(self.branches)) if storage_options is None else storage_options
+        if path == "best.ckpt":
+            self._waiting |= {self.branches[i].folder / path: _kept(take_apart(checkpoint, i)) for i in chosen}
+            return
+        self.flush()  # the best weights first: the file says that they are there
+        for i in chosen:
+            write_atomically(self.branches[i].folder / path, partial(torch.save, take_apart(checkpoint, i)))
 
     def flush(self) -> None:
-        """Write what waits, the best weights first: `last.ckpt` says that they are there."""
-        for path in sorted(self._waiting, key=lambda path: path.name):
-            write_atomically(path, partial(torch.save, self._waiting[path]))
+        """Write the best weights that wait."""
+        for path, checkpoint in self._waiting.items():
+            write_atomically(path, partial(torch.save, checkpoint))
         self._waiting.clear()
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         if Path(path).name != str(path):
             return load_checkpoint(Path(path))
         return put_together([load_checkpoint(branch.folder / path) for branch in self.branches])
+
+
+def _kept(value: Any) -> Any:
+    """A copy in the memory of the CPU, which the training does not change."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _kept(entry) for key, entry in value.items()}
+    return [_kept(entry) for entry in value] if isinstance(value, list) else copy.copy(value)
 
 
 def take_apart(checkpoint: dict[str, Any], i: int) -> dict[str, Any]:

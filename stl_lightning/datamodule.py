@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,7 +138,14 @@ class SpectralDataModule(LightningDataModule):
             raise ConfigError(f"data.branch: expected 0 to {self.n_branches - 1}, got {list(branches)}")
         self.branches = tuple(branches)
         self.reads = tuple(slices_of_branch(b, self.slices_per_branch, self.n_branches) for b in branches)
+        shapes = {sum(self.spectral.slice_shape(k)[0] for k in reads) for reads in self.reads}
+        if len(shapes) > 1:
+            raise ConfigError(
+                f"data.branch: branches {list(branches)} read {sorted(shapes)} channels; together only branches of one "
+                "shape can be emitted"
+            )
         self._held: Tensor | None = None  # training slices, computed once
+        self._placed: dict[str, RawSlices] = {}  # of each file, where they stay for the training
         self._statistics: Statistics | None = None
 
     @property
@@ -161,7 +168,7 @@ class SpectralDataModule(LightningDataModule):
         if self.store is None:  # an augmentation these images do not take
             self._load("train").fetch(torch.arange(0), self.augment, block=self.spectral.block)
         elif self.augment is not None:  # or these slices
-            SliceAugment(self.augment, self.spectral, self.reads)
+            SliceAugment(self.augment, self.spectral, range(self.n_branches))
         if self.augment is not None:
             check_augment(self.augment, self.spectral)
 
@@ -172,11 +179,11 @@ class SpectralDataModule(LightningDataModule):
                 self.spectral.fit(klt_sample(self._load("train"), self._split("train")))
             self._statistics = self._measure()
         if stage == "fit" and self._held is None and self._can_hold_slices():
-            self._held = read_all(self._raw("train", None), len(self._labels("train")))
+            self._held = read_all(self._raw("train"), len(self._labels("train")))
             # Augmentation acts on slices as they are: zeros that come in are black pixels.
             self._is_standardised = self.augment is None or not self.augment.moves
             if self._is_standardised:
-                self._statistics.standardise_(self._held)
+                self._statistics.standardise(self._held, out=self._held)
         self._check_restored()
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -194,21 +201,30 @@ class SpectralDataModule(LightningDataModule):
         self.setup()
         file: File = "test" if split == "test" else "train"
         augment = self.augment if training else None
-        raw = self._raw(file, augment)
+        if file not in self._placed:
+            self._placed[file] = self._on_device(self._raw(file))
+        raw = self._with_augmentation(self._placed[file], augment)
         statistics = None if isinstance(raw, InMemory) and self._is_standardised else self._statistics
         mixing = augment if augment is not None and augment.mixes else None
         return BranchSlices(
-            self._on_device(raw), self._labels(file), self._split(split), len(self.branches), statistics, mixing,
-            self.n_classes, self.seed,
-        )  # fmt: skip
+            raw,
+            self._labels(file),
+            self._split(split),
+            len(self.branches),
+            statistics,
+            mixing,
+            self.n_classes,
+            self.seed,
+        )
 
     def loader(self, split: Split) -> ResumableLoader:
         """Batches of one split in stored order, without augmentation."""
-        return ResumableLoader(self.slices_in(split), self.eval_batch_size, num_workers=self.num_workers)
+        slices = self.slices_in(split)
+        return ResumableLoader(slices, self.eval_batch_size, num_workers=self._workers_for(slices))
 
     def train_dataloader(self) -> ResumableLoader:
         slices = self.slices_in("train", training=True)
-        return ResumableLoader(slices, self.batch_size, self.seed, self.num_workers, self.chunk)
+        return ResumableLoader(slices, self.batch_size, self.seed, self._workers_for(slices), self.chunk)
 
     def val_dataloader(self) -> ResumableLoader:
         return self.loader("val")
@@ -297,20 +313,29 @@ class SpectralDataModule(LightningDataModule):
 
     def _measure(self) -> Statistics:
         sample = self._split("train")[:STATISTICS_IMAGES]
-        plain = BranchSlices(self._raw("train", None), self._labels("train"), sample, len(self.branches))
-        loader = ResumableLoader(plain, self.eval_batch_size, num_workers=self.num_workers)
+        plain = BranchSlices(self._raw("train"), self._labels("train"), sample, len(self.branches))
+        loader = ResumableLoader(plain, self.eval_batch_size, num_workers=self._workers_for(plain))
         return measure(x if len(self.branches) > 1 else x[None] for x, _ in loader)
 
-    def _raw(self, file: File, augment: Augment | None) -> RawSlices:
-        held = self._held if file == "train" else None
-        if held is None and self.store is None:
-            return FromImages(self._load(file), self.spectral, self.reads, augment, self.seed)
-        inside = None if augment is None else SliceAugment(augment, self.spectral, self.reads)
-        if held is not None:
-            return InMemory(held, inside, self.seed)
-        assert self.store is not None, "there are images, or a store"
-        stored = {k: self.store.slice(file, k) for k in wanted(self.reads)}
-        return FromSlices(stored, self.reads, inside, self.seed)
+    def _raw(self, file: File) -> RawSlices:
+        if file == "train" and self._held is not None:
+            return InMemory(self._held)
+        if self.store is None:
+            return FromImages(self._load(file), self.spectral, self.reads)
+        return FromSlices({k: self.store.slice(file, k) for k in wanted(self.reads)}, self.reads)
+
+    def _with_augmentation(self, raw: RawSlices, augment: Augment | None) -> RawSlices:
+        if augment is None:
+            return raw
+        if isinstance(raw, FromImages):
+            return replace(raw, augment=augment, seed=self.seed)
+        assert isinstance(raw, InMemory | FromSlices), "slices that are there already"
+        return replace(raw, augment=SliceAugment(augment, self.spectral, self.reads), seed=self.seed)
+
+    def _workers_for(self, slices: BranchSlices) -> int:
+        """Processes help where files are decoded; other data are gathered faster than they could be handed over."""
+        decodes = isinstance(slices.raw, FromImages) and isinstance(slices.raw.images, ImageFiles)
+        return self.num_workers if decodes else 0
 
     def _can_hold_slices(self) -> bool:
         """Whether training slices can be computed once: images in memory, changed in no way that slices do not take."""

@@ -80,6 +80,7 @@ class BranchModule(LightningModule):
         self.identities: list[dict[str, Any]] = [{}]  # whose weights these are: run, branch, number of branches
         self.gradient_clip: tuple[float, str] | None = None  # limit, and norm or value
         self.accumulate = 1  # minibatches a step
+        self.after_minibatch: Callable[[Any], None] = lambda trainer: None  # for what must not wait for a chunk's end
         self.has_stepped = True  # after the last minibatch
 
     def build(
@@ -170,6 +171,7 @@ class BranchModule(LightningModule):
             answers.append(logits.argmax(-1))
             labels.append(targets)
             self._step_if_due()
+            self.after_minibatch(self.trainer)
         if self._has_all_steps():
             self.trainer.should_stop = True  # has Lightning validate the last weights, wherever a chunk ends
         self._note(torch.stack(losses), answers, labels, torch.tensor(steps))
@@ -252,6 +254,8 @@ class BranchModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         if self.lr_interval == "epoch":
             self._advance_schedule()
+        # For callbacks of the user's; the scores of each branch go to its own loggers.
+        self.log_dict({name: values.mean() for name, values in self.train_scores().items()}, logger=False)
 
     def on_validation_epoch_start(self) -> None:
         self.val_totals = torch.zeros(self.n_branches, 3, device=self.device)

@@ -26,14 +26,10 @@ class Statistics:
     mean: Tensor
     std: Tensor
 
-    def standardise(self, x: Tensor) -> Tensor:
+    def standardise(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """(x - mean) / std in one pass over x. Shapes: (s, n, c, h, w) -> the same."""
         scale = 1 / self.std[:, None]
-        return torch.addcmul(-self.mean[:, None] * scale, x, scale)
-
-    def standardise_(self, x: Tensor) -> None:
-        """The same in place."""
-        x.sub_(self.mean[:, None]).div_(self.std[:, None])
+        return torch.addcmul(-self.mean[:, None] * scale, x, scale, out=out)
 
     def to(self, device: torch.device) -> "Statistics":
         return Statistics(self.mean.to(device), self.std.to(device))

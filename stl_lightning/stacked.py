@@ -47,6 +47,21 @@ def can_stack(network: nn.Module) -> bool:
     return sorted(names) == sorted(network.state_dict())
 
 
+def describe(network: nn.Module) -> str:
+    """A text that is equal for two networks only if they are the same program on weights of the same shapes.
+
+    What a layer prints, the shapes, and every other attribute of its own, in which branches may differ as well.
+    """
+    shapes = [(name, tuple(value.shape)) for name, value in network.state_dict().items()]
+    attributes = [
+        (name, key, id(value) if isinstance(value, Tensor) else repr(value))
+        for name, layer in network.named_modules()
+        for key, value in vars(layer).items()
+        if not key.startswith("_")
+    ]
+    return f"{network} {shapes} {attributes}"
+
+
 def stacked_forward(network: nn.Module, x: Tensor) -> Tensor:
     """Apply branch i of a stacked network to x[i].
 

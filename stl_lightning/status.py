@@ -57,22 +57,23 @@ class StatusWriter(Callback):
         self.branches = branches
         self._last = time.monotonic()
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+    def beat(self, trainer: Trainer) -> None:
+        """Write if it is time to; called after each minibatch."""
         if time.monotonic() - self._last > HEARTBEAT_S:
-            self._write(trainer, module)
+            self._write(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
         for (_, status), loss in zip(self.branches, module.val_scores()["val/loss"].tolist(), strict=True):
             status.loss = loss if math.isfinite(loss) else None
-        self.on_train_batch_end(trainer, module)
+        self.beat(trainer)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._write(trainer, module)
+        self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._write(trainer, module)
+        self._write(trainer)
 
-    def _write(self, trainer: Trainer, module: LightningModule) -> None:
+    def _write(self, trainer: Trainer) -> None:
         self._last = time.monotonic()
         for paths, status in self.branches:
             status.epoch, status.step = trainer.current_epoch, trainer.global_step

@@ -425,7 +425,7 @@ def test_a_disk_that_is_full_in_the_middle(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(StoreError) as raised:
         generated(tmp_path / "store", 500, (1, 32, 32))
     monkeypatch.undo()
-    assert re.search(r"cannot write .*store.*No space left.*Free the disk.*same command", str(raised.value))
+    assert re.search(r"cannot write .*store.*No space left.*free the disk.*same command", str(raised.value))
     assert "Traceback" not in str(raised.value)
     generated(tmp_path / "whole", 500, (1, 32, 32))
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, data[:5000], offset))

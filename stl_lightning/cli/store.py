@@ -24,7 +24,13 @@ def prepare_parser() -> argparse.ArgumentParser:
         "where the transform depends on them, --seed_everything and --data.val_size. A store serves every other "
         "setting, seed and validation split. `stl fit --help` explains them all.",
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="the config of the runs that will read the store")
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        action="append",
+        default=[],
+        help="the config of the runs that will read the store",
+    )
     parser.add_argument(
         "--data.store", metavar="FOLDER", dest="store", help="folder to write; it appears when it is complete"
     )
@@ -47,8 +53,9 @@ def prepare(args: list[str]) -> int:
     from stl_lightning.cli.config import SpectralCLI
     from stl_lightning.store import open_store, prepare_store
 
-    own = {"--config": given.config, "--data.store": given.store}
-    cli = SpectralCLI([*(f"{key}={value}" for key, value in own.items() if value), *settings], "prepare")
+    own = [f"--config={file}" for file in given.config]
+    own += [] if given.store is None else [f"--data.store={given.store}"]
+    cli = SpectralCLI([*own, *settings], "prepare")
     folder = cli.config.data.store
     if folder is None:
         raise ConfigError("data.store: expected the folder to write the slices to, received none")

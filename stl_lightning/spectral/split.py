@@ -161,7 +161,8 @@ class SpectralSplit(nn.Module):
     def _row_writer(self, weights: Tensor) -> Callable[[Tensor, Tensor], object]:
         """The same for one row (b,): in two steps where its basis image is separable."""
         combine = REORGANISATIONS[self.reorganisation].combine
-        factors = None if combine is None or weights.is_cuda else rank_one(weights.unflatten(0, self.block))
+        is_long = self.block[1] > 2 and not weights.is_cuda  # sums of two neighbours gain nothing, nor does a GPU
+        factors = rank_one(weights.unflatten(0, self.block)) if combine is not None and is_long else None
         if combine is None or factors is None:  # as a matrix product up to twice as slow
             return lambda images, out: torch.mv(self._components(images).T, weights, out=out.flatten())
         return lambda images, out: out[0].copy_(combine(self._padded(images), *factors))

@@ -38,8 +38,8 @@ def writing(paths: StorePaths) -> Iterator[None]:
     except (OSError, RunError) as error:
         reason = error.__cause__ or error
         raise StoreError(
-            f"cannot write {paths.folder}: {reason}. Free the disk and give the same command again, which goes on "
-            "where it stopped; or choose another data.store"
+            f"cannot write {paths.folder}: {reason}. Choose another data.store, or make the folder writable or "
+            "free the disk, and give the same command again: it goes on where it stopped"
         ) from error
 
 

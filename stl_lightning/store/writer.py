@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -230,8 +230,15 @@ def _summarise(
         matrix=tuple(map(tuple, plan.matrix)),
         slices=tuple(_facts(shape, scale, part, n_train) for shape, scale, part in parts),
         files=files,
-        versions={name: version(name) for name in ("stl-lightning", "torch")} | {"python": platform.python_version()},
+        versions={"stl-lightning": _own_version(), "torch": torch.__version__, "python": platform.python_version()},
     )
+
+
+def _own_version() -> str:
+    try:
+        return version("stl-lightning")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "unknown"
 
 
 def _facts(shape: tuple[int, int, int], scale: list[float] | None, sums: Tensor, n_train: int) -> SliceFacts:

@@ -5,10 +5,12 @@ ends before the others, they go on without it from the checkpoint of that epoch.
 """
 
 import copy
+import gc
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +22,10 @@ from torch import nn
 
 from stl_lightning.checkpoint import BestCheckpoint, LastCheckpoint, load_checkpoint
 from stl_lightning.datamodule import SpectralDataModule
-from stl_lightning.errors import STLError
+from stl_lightning.errors import RunError, STLError
 from stl_lightning.module import BranchModule, branch_seed
 from stl_lightning.paths import write_atomically
+from stl_lightning.stacked import describe
 from stl_lightning.status import State, Status, StatusWriter, read_status, write_status
 from stl_lightning.strategy import pick_device
 from stl_lightning.tracking import EpochLogger, branch_loggers, close
@@ -32,33 +35,6 @@ from stl_lightning.training.trainer import chunks, make_trainer
 Outcome = Literal["finished", "skipped", "failed"]
 
 
-def train_branches(jobs: Sequence[BranchJob], report: Callable[[BranchJob, Outcome], None] = lambda *_: None) -> int:
-    """Train branches to their end, from `last.ckpt` where there is one; those that had ended before are left alone.
-
-    What goes wrong with a branch is recorded in its `status.json`, and the others go on. `report` is called with each
-    branch when it ends. Returns how many failed.
-
-    Raises: RunError if `status.json` or `config.yaml` cannot be written.
-    """
-    n_failed = 0
-    waiting = []
-    for job in jobs:
-        status = read_status(job.paths, job.branch)
-        if status.state == "finished" and job.paths.best.exists():
-            report(job, "skipped")
-        else:
-            waiting.append(Attempt(job, status))
-    while waiting:
-        group, waiting = next_group(waiting)
-        for attempt in train_group(group):
-            if attempt.outcome is None:
-                waiting.insert(0, attempt)
-                continue
-            n_failed += attempt.outcome == "failed"
-            report(attempt.job, attempt.outcome)
-    return n_failed
-
-
 @dataclass
 class Attempt:
     """A branch between its first step in this process and its end. Without an outcome, it is to go on."""
@@ -66,6 +42,7 @@ class Attempt:
     job: BranchJob
     status: Status
     outcome: Outcome | None = None
+    design: str | None = None  # what branches have in common that train as one network
     is_alone: bool = False  # after a fault of the group it was in, to find out whose it was
     loggers: list[Logger] = field(default_factory=list)
 
@@ -85,6 +62,44 @@ class Attempt:
         close(self.loggers)
 
 
+def train_branches(jobs: Sequence[BranchJob], report: Callable[[BranchJob, Outcome], None] = lambda *_: None) -> int:
+    """Train branches to their end, from `last.ckpt` where there is one; those that had ended before are left alone.
+
+    What goes wrong with a branch is recorded in its `status.json`, and the others go on. `report` is called with each
+    branch when it ends. Returns how many failed.
+
+    Raises: RunError if `status.json` or `config.yaml` cannot be written.
+    """
+    n_failed = 0
+    waiting = []
+    for job in jobs:
+        status = read_status(job.paths, job.branch)
+        if status.state == "finished" and job.paths.best.exists():
+            report(job, "skipped")
+        else:
+            waiting.append(Attempt(job, status))
+    _say_why_not_stacked(waiting)
+    while waiting:
+        group, others = next_group(waiting)
+        for attempt in train_group(group):
+            if attempt.outcome is not None:
+                n_failed += attempt.outcome == "failed"
+                report(attempt.job, attempt.outcome)
+        waiting = [attempt for attempt in group if attempt.outcome is None] + others
+        # A Trainer and its module hold each other, and so the slices, until they are collected.
+        gc.collect()
+    return n_failed
+
+
+def _say_why_not_stacked(waiting: Sequence[Attempt]) -> None:
+    if len(waiting) < 2 or waiting[0].job.options.stack != "auto":
+        return
+    with suppress(STLError):  # is found again, and recorded, when the branch trains
+        reason = why_not_stacked(waiting[0].job, waiting[0].job.built_module())
+        if reason is not None:
+            print(f"the branches train one after the other: {reason}", flush=True)
+
+
 def next_group(waiting: Sequence[Attempt]) -> tuple[list[Attempt], list[Attempt]]:
     """Those that can train together with the first, and the others."""
     keys = [_group_key(attempt) for attempt in waiting] if len(waiting) > 1 else [None]
@@ -99,26 +114,28 @@ def stacked_design(job: BranchJob) -> str | None:
     grouped convolution of several is slower.
     """
     module = job.built_module()
+    assert module.network is not None, "it was built"
     if job.options.stack is False or why_not_stacked(job, module) is not None:
         return None
     on_gpu = pick_device(job.trainer_settings.get("accelerator") or "auto", job.local_rank).type != "cpu"
     has_convolutions = any(isinstance(layer, nn.modules.conv._ConvNd) for layer in module.modules())
     if job.options.stack == "auto" and has_convolutions and not on_gpu:
         return None
-    return f"{job.data.in_shape} {module.network}"
+    return f"{job.data.in_shape} {describe(module.network)}"
 
 
 def _group_key(attempt: Attempt) -> Any:
     """Equal for branches that can train together: same network, same step, nothing that keeps one apart."""
     job = attempt.job
     try:
-        design = None if attempt.is_alone else stacked_design(job)
-        if design is None:
+        if attempt.design is None:
+            attempt.design = stacked_design(job) or ""
+        if attempt.is_alone or not attempt.design:
             return id(attempt)
         resume_from = resume_point(job)
         checkpoint = load_checkpoint(resume_from) if resume_from else None
         at = checkpoint and (checkpoint["global_step"], checkpoint["loops"]["fit_loop"]["state_dict"])
-        return design, at
+        return attempt.design, at
     except Exception:  # whatever it is, it is found again and recorded when the branch trains alone
         return id(attempt)
 
@@ -149,7 +166,7 @@ def _blame(group: Sequence[Attempt], error: str) -> None:
         group[0].end("failed", error)
         return
     numbers = ", ".join(str(attempt.job.branch) for attempt in group)
-    reason = error.strip().splitlines()[-1]  # of a traceback; all of it is recorded where the branch fails alone
+    reason = error.strip().rpartition("\n")[-1]  # of a traceback; all of it is recorded where the branch fails alone
     what = f"branches {numbers} go on one after the other, since they failed together: {reason}"
     print(what, file=sys.stderr, flush=True)
     for attempt in group:
@@ -168,14 +185,20 @@ def _fit(group: Sequence[Attempt]) -> None:
     seed_everything(branch_seed(data.seed, first.branch), verbose=False)
     best = BestCheckpoint(first.options.monitor, first.options.patience, len(jobs))
     trainer = _training_trainer(group, module, data, best, resume_from)
+    files: Any = trainer.strategy.checkpoint_io
     # Lightning does so after it has loaded a checkpoint: weights in float64 would come back by way of float32.
     trainer.precision_plugin.convert_module(module)
-    trainer.fit(module, datamodule=data, ckpt_path=resume_from and resume_from.name, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume_from and resume_from.name, weights_only=True)
+    except BaseException:
+        with suppress(RunError):  # such as a full disk, which may be what ended it
+            files.flush()
+        raise
     over = best.ended(module) or range(len(jobs))  # the others go on without those that ended early
     missing = [i for i in over if not jobs[i].paths.best.exists() and module.is_alive(i)]
     if missing:  # there was no validation
         trainer.save_checkpoint("best.ckpt", weights_only=True, storage_options=missing)
-        trainer.strategy.checkpoint_io.flush()  # type: ignore[attr-defined]
+        files.flush()
     for i in over:
         if module.is_alive(i):
             group[i].end("finished")
@@ -210,11 +233,12 @@ def _training_trainer(
     users = settings.get("callbacks") or []
     callbacks = [
         *(callback for callback in users if shows_bar or not isinstance(callback, ProgressBar)),
-        StatusWriter([(attempt.job.paths, attempt.status) for attempt in group]),
+        status := StatusWriter([(attempt.job.paths, attempt.status) for attempt in group]),
         epochs := EpochLogger([attempt.loggers for attempt in group]),
         best,
         LastCheckpoint(job.options.checkpoint_every_s, job.options.checkpoint_every_n_steps, epochs.save),
     ]
+    module.after_minibatch = status.beat
     loggers = group[0].loggers if len(group) == 1 else False
     own = {"gradient_clip_val": None, "gradient_clip_algorithm": None, "accumulate_grad_batches": 1}
     jobs = [attempt.job for attempt in group]

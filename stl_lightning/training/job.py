@@ -5,11 +5,15 @@ import math
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ProgressBar
+from torch import nn
 
 from stl_lightning.checkpoint import BestCheckpoint, load_checkpoint
 from stl_lightning.datamodule import SpectralDataModule
@@ -70,6 +74,7 @@ def check_branch(job: BranchJob) -> None:
     files cannot be read; ConfigError if it is to be stacked and cannot.
     """
     check_same_config(job)
+    check_callbacks(job.trainer_settings.get("callbacks") or [])
     if job.options.stack is True and (reason := why_not_stacked(job, job.built_module())):
         raise ConfigError(f"run.stack=true: {reason}; run.stack=auto trains the branches one after the other")
     status = read_status(job.paths, job.branch)
@@ -82,6 +87,21 @@ def check_branch(job: BranchJob) -> None:
         )
 
 
+# What Lightning would call around a step, which the module makes by itself.
+STEP_HOOKS = ("on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
+
+
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
+    """Raises: ConfigError for a callback that waits for something that never happens here."""
+    for callback in callbacks:
+        waits = [hook for hook in STEP_HOOKS if getattr(type(callback), hook) is not getattr(Callback, hook)]
+        if waits:
+            raise ConfigError(
+                f"trainer.callbacks: {type(callback).__name__} acts in {', '.join(waits)}, which is never called here: "
+                "the module makes its steps itself, many for one of Lightning's; expected hooks of batches or epochs"
+            )
+
+
 def why_not_stacked(job: BranchJob, module: BranchModule) -> str | None:
     """What in the settings of a branch and in its built module makes it one that must train alone, if anything."""
     optimizer = module.configure_optimizers()
@@ -92,8 +112,12 @@ def why_not_stacked(job: BranchJob, module: BranchModule) -> str | None:
         return "model.optimizer has several groups of parameters"
     if module.network is None or not can_stack(module.network):
         return "model.network has buffers that are not in its state_dict, or weights that are there twice"
-    if job.trainer_settings.get("callbacks"):
+    if any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in module.modules()):
+        return "the masks of torch's dropout would change; stl_lightning.networks.Dropout draws them for each branch"
+    if any(not isinstance(callback, ProgressBar) for callback in job.trainer_settings.get("callbacks") or []):
         return "trainer.callbacks act on one branch"
+    if job.options.patience and (job.trainer_settings.get("min_epochs") or job.trainer_settings.get("min_steps")):
+        return "trainer.min_epochs and min_steps let a branch outlive its run.patience"
     return None
 
 

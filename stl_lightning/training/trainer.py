@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
 from stl_lightning.checkpoint import BranchFiles
-from stl_lightning.errors import ConfigError
+from stl_lightning.errors import ConfigError, unknown
 from stl_lightning.strategy import alone
 from stl_lightning.training.job import BranchJob
 
@@ -39,7 +39,20 @@ def check_trainer_settings(settings: dict[str, Any]) -> dict[str, Any]:
             f"trainer.precision: expected 32-true, bf16-mixed or bf16-true, got {settings['precision']}; the loss "
             "scaling of half precision would be shared between branches"
         )
+    _check_step_settings(settings)
     return {key: value for key, value in settings.items() if key not in OWN_TRAINER_SETTINGS}
+
+
+def _check_step_settings(settings: dict[str, Any]) -> None:
+    """What Lightning does not check, since the module makes the steps."""
+    limit, algorithm = settings.get("gradient_clip_val"), settings.get("gradient_clip_algorithm")
+    accumulate = settings.get("accumulate_grad_batches")
+    if limit is not None and not limit > 0:
+        raise ConfigError(f"trainer.gradient_clip_val: expected a number above 0, or null; got {limit}")
+    if algorithm not in (None, "norm", "value"):
+        raise unknown("trainer.gradient_clip_algorithm", algorithm, ("norm", "value"))
+    if accumulate is not None and accumulate < 1:
+        raise ConfigError(f"trainer.accumulate_grad_batches: expected 1 or more minibatches a step, got {accumulate}")
 
 
 def make_trainer(jobs: Sequence[BranchJob], **own: Any) -> Trainer:
@@ -63,7 +76,7 @@ USUAL = {
     "fast_dev_run": (False, None), "limit_train_batches": (None, 1.0), "overfit_batches": (None, 0.0),
     "val_check_interval": (None, 1.0), "profiler": (None,),
 }  # fmt: skip
-BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end", "on_before_optimizer_step", "on_after_backward")
+BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
 
 
 def chunks(settings: dict[str, Any]) -> bool:

@@ -41,7 +41,10 @@ def arguments(setting: Setting, config: str, data: Data, device: str, *more: str
 
 
 def training(args: Sequence[str], n_samples: int) -> Side:
-    """A training that gives up its turn after each epoch; value: samples x branches per second, all costs included."""
+    """A training that gives up its turn after each epoch, without validation and checkpoints.
+
+    Value: samples x branches per second.
+    """
 
     def side(turn: Turn) -> None:
         from stl_lightning.cli.config import SpectralCLI
