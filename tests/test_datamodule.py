@@ -186,3 +186,21 @@ def test_files_are_decoded_in_workers_with_the_same_result(tmp_path: Path) -> No
     for (x, y), (x_expected, y_expected) in zip(helped, alone, strict=True):
         assert torch.equal(x, x_expected)
         assert torch.equal(y, y_expected)
+
+
+def test_branches_of_other_shapes_are_not_emitted_together() -> None:
+    with pytest.raises(ConfigError, match=r"data\.branch: branches \[0, 1\] read \[1, 2\] channels"):
+        module(transform="dft").select_branches([0, 1])
+
+
+def test_stacked_branches_are_fed_what_each_is_fed_alone() -> None:
+    data = module(augment=Augment(crop_pad=2, aligned=True, flip=True, mixup=0.4))
+    data.select_branches([1, 3])
+    data.setup("fit")
+    together, targets = data.slices_in("train", training=True).batch(torch.arange(32), epoch=1)
+    for i, branch in enumerate((1, 3)):
+        data.select_branches([branch])
+        data.setup("fit")
+        alone, own_targets = data.slices_in("train", training=True).batch(torch.arange(32), epoch=1)
+        torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=1e-5)
+        assert torch.equal(targets, own_targets)

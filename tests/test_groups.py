@@ -6,6 +6,7 @@ to the bit. 12 minibatches an epoch.
 
 import csv
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -531,3 +532,64 @@ def test_a_run_with_validation_in_mid_epoch_resumes_to_the_same_bits(
     undisturbed = train(tmp_path / "undisturbed", [0], **changes)
     train_until_killed(tmp_path / "killed", step, monkeypatch, branches=[0], **changes)
     assert_bits(train(tmp_path / "killed", [0], **changes), undisturbed)
+
+
+class Shuffled(nn.Module):
+    """A network with a state of its own beside its weights."""
+
+    def __init__(self, in_shape: tuple[int, int, int], n_classes: int) -> None:
+        super().__init__()
+        self.order = torch.randperm(math.prod(in_shape)).tolist()
+        self.head = nn.Linear(math.prod(in_shape), n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.flatten(1)[:, self.order])
+
+
+class Listening(Callback):
+    def on_after_backward(self, *_: Any) -> None:
+        """Would never be called."""
+
+
+def test_branches_that_differ_in_more_than_weights_are_not_one_network(tmp_path: Path, log: Log) -> None:
+    train(tmp_path, network=Shuffled, stack=True)
+    assert [branches for branches, _ in log.groups] == [[0], [1], [2], [3]]
+
+
+def with_torch_dropout(in_shape: tuple[int, int, int], n_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(math.prod(in_shape), n_classes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"network": with_torch_dropout}, "dropout"),
+        ({"trainer": {"min_epochs": 2}, "options": {"patience": 1}}, "min_epochs"),
+    ],
+)
+def test_what_would_change_when_stacked_trains_alone_and_says_so(
+    changes: dict[str, Any], reason: str, tmp_path: Path, log: Log, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = changes.get("options", {}) | {"stack": "auto"}
+    train_branches(jobs_of(tmp_path, **changes | {"options": options}))
+    assert [branches for branches, _ in log.groups] == [[0], [1], [2], [3]]
+    assert re.search(f"train one after the other: .*{reason}", capsys.readouterr().out)
+
+
+def test_a_callback_that_would_never_be_called_is_refused(tmp_path: Path) -> None:
+    (job,) = jobs_of(tmp_path, [0], trainer={"callbacks": [Listening()]})
+    with pytest.raises(ConfigError, match=r"trainer\.callbacks: Listening acts in on_after_backward"):
+        check_branch(job)
+
+
+def test_the_best_weights_of_a_branch_that_fails_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(module: BranchModule) -> None:
+        if module.trainer.global_step == 20:
+            raise OSError("a fault in the second epoch")
+        make_step(module)
+
+    make_step = BranchModule._step_if_due
+    monkeypatch.setattr(BranchModule, "_step_if_due", broken)
+    (job,) = jobs_of(tmp_path, [0], options={"checkpoint_every_s": 1e9, "checkpoint_every_n_steps": None})
+    assert train_branches([job]) == 1
+    assert load_checkpoint(job.paths.best)["epoch"] == 0

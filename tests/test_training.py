@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from torch import Tensor, nn
 
 from stl_lightning.checkpoint import load_checkpoint
@@ -346,3 +346,20 @@ def test_best_weights_that_were_deleted_are_trained_again(tmp_path: Path, step: 
     assert train_branch(again) == "finished"
     assert_same(*(load_checkpoint(job.paths.best)["state_dict"] for job in (undisturbed, again)))
     assert_same(weights(undisturbed), weights(again))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"gradient_clip_val": -1.0}, {"gradient_clip_algorithm": "banana"}, {"accumulate_grad_batches": -2}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_settings_of_a_step_are_checked(tmp_path: Path, setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"trainer\.{next(iter(setting))}"):
+        make_trainer([make_job(tmp_path, trainer=setting)])
+
+
+def test_a_callback_of_the_users_sees_the_training_loss(tmp_path: Path) -> None:
+    stops = EarlyStopping("train/loss", patience=1, min_delta=1e9)
+    job = make_job(tmp_path, trainer={"max_epochs": 9, "callbacks": [stops]})
+    assert train_branch(job) == "finished"
+    assert read_status(job.paths, 0).epoch == 2
