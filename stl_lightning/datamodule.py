@@ -159,12 +159,15 @@ class SpectralDataModule(LightningDataModule):
         shapes = [self.spectral.slice_shape(k) for k in self.reads[0]]
         return (sum(c for c, _, _ in shapes), *shapes[0][1:])
 
-    def check(self) -> None:
+    def check(self, branches: Sequence[int]) -> None:
         """Read the training images, or list their files, and find what is wrong with them or with `val_size`.
 
-        Raises: ConfigError and DataError.
+        Raises: ConfigError and DataError; StoreError if a slice that these branches read is not in the store.
         """
         self._split("train")
+        if self.store is not None:
+            reads = [slices_of_branch(branch, self.slices_per_branch, self.n_branches) for branch in branches]
+            self.store.require(wanted(reads))
         if self.store is None:  # an augmentation these images do not take
             self._load("train").fetch(torch.arange(0), self.augment, block=self.spectral.block)
         elif self.augment is not None:  # or these slices

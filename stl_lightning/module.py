@@ -227,7 +227,14 @@ class BranchModule(LightningModule):
 
     def _advance_schedule(self) -> None:
         for config in self.trainer.lr_scheduler_configs:
-            config.scheduler.step()  # type: ignore[call-arg]
+            try:
+                config.scheduler.step()  # type: ignore[call-arg]
+            except ValueError as error:
+                name = type(config.scheduler).__name__
+                raise ConfigError(
+                    f"model.lr_scheduler: {name} came to its end in step {self.trainer.global_step}: {error}; expected "
+                    f"init_args for the whole training, which has {self.lr_interval}s as its unit (model.lr_interval)"
+                ) from error
 
     def _note(self, losses: Tensor, answers: list[Tensor], targets: list[Tensor], steps: Tensor) -> None:
         """Add up a chunk of m minibatches: losses (m s), answers (s n) to targets (n,) or (n k), after `steps` (m,)."""

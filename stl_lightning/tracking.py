@@ -40,7 +40,7 @@ class TrackingOptions:
             if getattr(self, option) and find_spec(option) is None:
                 raise ConfigError(
                     f"tracking.{option}=true needs the package {option}, which is not installed: "
-                    f"pip install 'stl-lightning[{option}]', or set tracking.{option}=false"
+                    f"pip install {option}, or set tracking.{option}=false"
                 )
 
 

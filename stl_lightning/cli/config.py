@@ -108,7 +108,7 @@ class SpectralCLI(LightningCLI):
         module = built.model.build(self.data.in_shape, self.data.n_classes, self.data.seed, [self.data.branch])
         module.check_output(self.data.in_shape, self.data.n_classes)
         module.configure_optimizers()
-        self.data.check()
+        self.data.check(self.owned_branches())
 
     def claim(self) -> Run:
         """Open the run directory for this config, if nothing is wrong with it."""

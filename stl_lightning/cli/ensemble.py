@@ -82,4 +82,5 @@ def _baseline(run: "Run", overrides: Sequence[str]) -> "BranchJob | None":
         return None
     baseline = open_run(run.paths.baseline)
     check_baseline(run, baseline.settings)
-    return next(iter(jobs_of_run(baseline, overrides)), None)
+    of_images = [override for override in overrides if not override.startswith("--data.store")]
+    return next(iter(jobs_of_run(baseline, of_images)), None)

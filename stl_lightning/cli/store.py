@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from stl_lightning.errors import ConfigError
 
@@ -96,9 +97,11 @@ def verify(args: list[str]) -> int:
     with progress_bar() as progress:
         damaged = find_damaged(given.store, slices, progress)
     for name in damaged:
-        print(f"damaged: {name}", file=sys.stderr)
+        what = "damaged" if (Path(given.store).expanduser() / name).exists() else "missing"
+        print(f"{what}: {name}", file=sys.stderr)
     if damaged:
-        print("copy these files again, or delete the store and make it again with `stl prepare`", file=sys.stderr)
+        cure = "copy these files again, or delete the store and make it again with `stl prepare`"
+        print(f"{cure}; --slices checks a copy that holds only some", file=sys.stderr)
         return 1
     print(f"{given.store}: {'all files are' if slices is None else 'the files asked for are'} intact")
     return 0

@@ -35,7 +35,10 @@ def run(args: list[str]) -> int:
 
 def baseline(args: list[str]) -> int:
     """Train the conventional network on the whole image, into the folder `baseline` of the run."""
-    cli = SpectralCLI(args, "baseline", "Train the conventional network on the whole image.").as_baseline()
+    cli = SpectralCLI(args, "baseline", "Train the conventional network on the whole image.")
+    if cli.config.data.store is not None:
+        print(f"the baseline reads the images in {cli.config.data.root}: a store holds slices", flush=True)
+    cli = cli.as_baseline()
     cli.check()
     paths = cli.options.paths
     if paths.run_json.exists():

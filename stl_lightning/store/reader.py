@@ -92,6 +92,15 @@ class Store:
             here["block"] = (here["block"],) * 2
         check_settings(there, here, self.paths.folder, "Change them, or prepare another store and set data.store to it")
 
+    def require(self, ks: Sequence[int]) -> None:
+        """Raises: StoreError if a file of these slices is not there: a copy may hold those of one rank alone."""
+        missing = [k for k in ks if not all(self.paths.slice(split, k).exists() for split in SPLITS)]
+        if missing:
+            raise StoreError(
+                f"{self.paths.folder}: slices {missing} are not in this copy of the store; copy their files here, or "
+                "train only the branches that read the others (run.branches)"
+            )
+
     def slice(self, split: str, k: int) -> StoredSlice:
         """Slice k of the images of "train" or "test", memory-mapped; writing to it does not reach the file.
 

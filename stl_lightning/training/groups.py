@@ -22,7 +22,7 @@ from torch import nn
 
 from stl_lightning.checkpoint import BestCheckpoint, LastCheckpoint, load_checkpoint
 from stl_lightning.datamodule import SpectralDataModule
-from stl_lightning.errors import RunError, STLError
+from stl_lightning.errors import DivergedError, RunError, STLError
 from stl_lightning.module import BranchModule, branch_seed
 from stl_lightning.paths import write_atomically
 from stl_lightning.stacked import describe
@@ -190,6 +190,11 @@ def _fit(group: Sequence[Attempt]) -> None:
     trainer.precision_plugin.convert_module(module)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume_from and resume_from.name, weights_only=True)
+    except DivergedError:  # all of them
+        files.flush()
+        for i, attempt in enumerate(group):
+            attempt.end("failed", str(module.divergence(i)))
+        return
     except BaseException:
         with suppress(RunError):  # such as a full disk, which may be what ended it
             files.flush()

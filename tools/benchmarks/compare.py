@@ -41,7 +41,7 @@ def needs(package: str, module: str | None = None) -> ModuleType:
     try:
         return import_module(module or package)
     except ModuleNotFoundError as error:
-        raise Missing(f"{package} cannot be imported ({error}): pip install 'stl-lightning[bench]'") from error
+        raise Missing(f"{package} cannot be imported ({error}): pip install -e '.[bench]'") from error
 
 
 class Turn:
