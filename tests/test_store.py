@@ -308,8 +308,11 @@ def generated(folder: Path, n: int, shape: tuple[int, int, int], dtype: str = "f
 
 
 def child(work: Callable[[], object]) -> BaseProcess:
-    """A process in a group of its own, so that it can be killed with its workers."""
-    process = get_context("fork").Process(target=lambda: (os.setsid(), work()))
+    """A process in a group of its own, so that it can be killed with its workers.
+
+    With one thread: a fork of a process that has used OpenMP would wait for threads that it does not have.
+    """
+    process = get_context("fork").Process(target=lambda: (os.setsid(), torch.set_num_threads(1), work()))
     process.start()
     return process
 
