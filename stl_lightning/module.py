@@ -194,8 +194,8 @@ class BranchModule(LightningModule):
             return loss, loss.detach()[None], logits.detach()[None]
         repeated = targets.repeat(self.n_branches, *[1] * (targets.ndim - 1))
         losses = F.cross_entropy(logits.flatten(0, 1), repeated, reduction="none", label_smoothing=self.label_smoothing)
-        losses = losses.view(self.n_branches, -1).mean(1)
-        return losses.sum(), losses.detach(), logits.detach()
+        of_branches = losses.detach().view(self.n_branches, -1).mean(1)
+        return losses.sum() / len(targets), of_branches, logits.detach()
 
     def _step_if_due(self) -> None:
         self.has_stepped = self._is_due()

@@ -148,24 +148,25 @@ class SpectralSplit(nn.Module):
             if torch.is_grad_enabled() and images.requires_grad:  # a written memory has no gradient
                 return (matrix @ self._components(images)).view(shape)
             spectrum = _memory(out, shape, matrix)
-            write = self._row_writer(matrix[0]) if len(matrix) == 1 else self._rows_writer(matrix)
-            chunks = _chunks(images, CHUNK if len(matrix) > 1 else ONE_SLICE_CHUNK)
+            write, n_pixels = self._writer(matrix)
+            chunks = _chunks(images, n_pixels)
             for chunk, part in zip(chunks, spectrum.split([len(chunk) for chunk in chunks], 1), strict=True):
                 write(chunk, part)
         return spectrum
 
-    def _rows_writer(self, matrix: Tensor) -> Callable[[Tensor, Tensor], object]:
-        """A function that writes some rows of the transform. Shapes: (n, c, H, W), out (r, n, c, h, w)."""
-        return lambda images, out: torch.mm(matrix, self._components(images), out=out.flatten(1))
+    def _writer(self, matrix: Tensor) -> tuple[Callable[[Tensor, Tensor], object], int]:
+        """A function that writes some rows of the transform, and the pixels it should get at a time.
 
-    def _row_writer(self, weights: Tensor) -> Callable[[Tensor, Tensor], object]:
-        """The same for one row (b,): in two steps where its basis image is separable."""
-        combine = REORGANISATIONS[self.reorganisation].combine
+        Shapes: matrix (r, b); images (n, c, H, W), out (r, n, c, h, w).
+        """
+        if len(matrix) > 1:
+            return lambda images, out: torch.mm(matrix, self._components(images), out=out.flatten(1)), CHUNK
+        weights, combine = matrix[0], REORGANISATIONS[self.reorganisation].combine
         is_long = self.block[1] > 2 and not weights.is_cuda  # sums of two neighbours gain nothing, nor does a GPU
         factors = rank_one(weights.unflatten(0, self.block)) if combine is not None and is_long else None
         if combine is None or factors is None:  # as a matrix product up to twice as slow
-            return lambda images, out: torch.mv(self._components(images).T, weights, out=out.flatten())
-        return lambda images, out: out[0].copy_(combine(self._padded(images), *factors))
+            return lambda images, out: torch.mv(self._components(images).T, weights, out=out.flatten()), CHUNK
+        return lambda images, out: out[0].copy_(combine(self._padded(images), *factors)), ONE_SLICE_CHUNK
 
     def _components(self, images: Tensor) -> Tensor:
         return REORGANISATIONS[self.reorganisation].components(self._padded(images), self.block)

@@ -1,5 +1,6 @@
 """stl's side of a comparison: its training, an epoch a turn, and its commands in processes of their own."""
 
+import math
 import os
 import subprocess
 import sys
@@ -47,16 +48,17 @@ def training(args: Sequence[str], n_samples: int) -> Side:
     """
 
     def side(turn: Turn) -> None:
+        from stl_lightning import status
         from stl_lightning.cli.config import SpectralCLI
-        from stl_lightning.status import read_status
         from stl_lightning.training import train_branches
 
+        status.HEARTBEAT_S = math.inf  # as of the checkpoints: it counts the time of the other sides' turns
         stop_at_epoch_ends(turn, n_samples)
         cli = SpectralCLI(list(args), "fit")
         run = cli.claim()
         jobs = [cli.job(run, branch) for branch in cli.owned_branches()]
         train_branches(jobs)
-        raise AssertionError([read_status(job.paths, job.branch).error for job in jobs])
+        raise AssertionError([status.read_status(job.paths, job.branch).error for job in jobs])
 
     return side
 
