@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stl_lightning.augment import Augment, SliceAugment, mix
 from stl_lightning.errors import ConfigError, DataError
-from stl_lightning.images import ImageArray, ImageFiles, as_float
+from stl_lightning.images import ImageArray, ImageFiles
 from stl_lightning.spectral import SpectralSplit
 
 SPLIT_BATCH = 1024  # images that are split at once; bounds the memory beside the slices themselves
@@ -60,7 +60,7 @@ class FromImages:
 
     def fetch(self, indices: Tensor, epoch: int | None) -> Tensor:
         augment = self.augment if epoch is not None else None
-        pixels = as_float(self.images.fetch(indices, augment, self.seed, epoch or 0, self.spectral.block))
+        pixels = self.images.fetch(indices, augment, self.seed, epoch or 0, self.spectral.block)
         return assemble(split(self.spectral, pixels, wanted(self.branches)), self.branches)
 
     @property
