@@ -3,24 +3,32 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.metadata import version
 
-from stl_lightning.errors import STLError
+from stl_lightning import leaving
+from stl_lightning.errors import FencedError, LeaveError, STLError
+from stl_lightning.exits import DONE, FENCED, INTERRUPTED, REFUSED
 
 # name -> (module of the package `cli` that holds a function of that name, what it does)
 COMMANDS = {
     "prepare": ("store", "write the slices of a data set once, so that a rank reads only its own"),
     "verify": ("store", "compare the files of a slice store with their hashes"),
     "run": ("train", "train all branches on this machine, then make the ensemble"),
-    "fit": ("train", "train the branches that this rank owns (under torchrun, srun or a SLURM array, or alone)"),
+    "fit": ("fit", "train the branches that this rank owns (under torchrun, srun or a SLURM array, or alone)"),
     "baseline": ("train", "train the conventional network on the whole image"),
     "ensemble": ("ensemble", "combine the finished branches of a run and score them on the test set"),
     "validate": ("score", "score the branches of this rank on the validation split"),
     "test": ("score", "score the branches of this rank on the test set"),
     "predict": ("score", "write the logits of the branches of this rank to files"),
+    "launch": ("launch", "submit the branches of a config and the ensemble to SLURM, or --local train them here"),
+    "status": ("status", "say what each branch of a run is doing: state, epoch, host, job, time left"),
+    "resubmit": ("launch", "launch again the branches of a run that are missing, failed or lost"),
+    "cancel": ("status", "cancel the jobs of a run, or end its processes on this machine"),
     "completion": ("completion", "print a completion script for a shell: bash, zsh or tcsh"),
 }
+TRAINING = ("run", "fit", "baseline")  # these leave at the next step when a signal asks
 
 
 def usage() -> str:
@@ -35,27 +43,34 @@ def usage() -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 a branch failed, 2 the user can cure it."""
+    """Run one command; returns an exit code of `exits`."""
     name, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
-        return 0
+        return DONE
     if name == "--version":
         print(f"stl_lightning {version('stl-lightning')}")
-        return 0
+        return DONE
     if name not in COMMANDS:
         print(f"stl: unknown command {name!r}\n\n{usage()}", file=sys.stderr)
-        return 2
+        return REFUSED
     sys.path.insert(0, "")  # classes of the user's own lie in the folder the command is called from
     try:
-        module = import_module(f"stl_lightning.cli.{COMMANDS[name][0]}")
-        return getattr(module, name)(rest)
+        with leaving.listening() if name in TRAINING else nullcontext():
+            module = import_module(f"stl_lightning.cli.{COMMANDS[name][0]}")
+            return getattr(module, name)(rest)
+    except LeaveError as error:
+        print(f"stl {name}: {error}; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    except FencedError as error:
+        print(f"stl {name}: {error}", file=sys.stderr)
+        return FENCED
     except STLError as error:
         print(f"stl {name}: error: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
     except BrokenPipeError:  # `stl completion bash | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it when it ends)
-        return 0
+        return DONE
     except KeyboardInterrupt:
         print(f"stl {name}: interrupted; the same command resumes", file=sys.stderr)
         return 130

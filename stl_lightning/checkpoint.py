@@ -38,7 +38,7 @@ class BranchFiles(TorchCheckpointIO):
     def __init__(self, branches: Sequence[BranchPaths]) -> None:
         super().__init__()
         self.branches = branches
-        self._waiting: dict[Path, dict[str, Any]] = {}
+        self._waiting: dict[BranchPaths, dict[str, Any]] = {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if Path(path).name != str(path):
@@ -46,16 +46,17 @@ class BranchFiles(TorchCheckpointIO):
             return
         chosen = range(len(self.branches)) if storage_options is None else storage_options
         if path == "best.ckpt":
-            self._waiting |= {self.branches[i].folder / path: _kept(take_apart(checkpoint, i)) for i in chosen}
+            self._waiting |= {self.branches[i]: _kept(take_apart(checkpoint, i)) for i in chosen}
             return
         self.flush()  # the best weights first: the file says that they are there
         for i in chosen:
-            write_atomically(self.branches[i].folder / path, partial(torch.save, take_apart(checkpoint, i)))
+            branch = self.branches[i]
+            branch.write(branch.folder / path, partial(torch.save, take_apart(checkpoint, i)))
 
     def flush(self) -> None:
         """Write the best weights that wait."""
-        for path, checkpoint in self._waiting.items():
-            write_atomically(path, partial(torch.save, checkpoint))
+        for branch, checkpoint in self._waiting.items():
+            branch.write(branch.best, partial(torch.save, checkpoint))
         self._waiting.clear()
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
@@ -170,13 +171,23 @@ class LastCheckpoint(Checkpoint):
     Beyond what Lightning saves it keeps the state of the random generators. Validation runs before the end of the
     epoch, so a checkpoint at that point has nothing left to repeat. A branch that diverged keeps the file it has.
 
-    `before` is called before the file is written, to write what belongs to the same epochs.
+    `before` is called before the file is written, to write what belongs to the same epochs. Where `is_leaving` answers
+    true, the file is written at the next point at which one may be, and `leave` is called after it, which raises.
     """
 
-    def __init__(self, every_s: float, every_n_steps: int | None, before: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        every_s: float,
+        every_n_steps: int | None,
+        before: Callable[[], None],
+        is_leaving: Callable[[], bool] = lambda: False,
+        leave: Callable[[], None] = lambda: None,
+    ) -> None:
         self.every_s = every_s
         self.every_n_steps = every_n_steps
         self.before = before
+        self.is_leaving = is_leaving
+        self.leave = leave
         self._rng: dict[str, Any] | None = None
         self._saved_step, self._saved_at = 0, -math.inf
 
@@ -188,7 +199,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         """Save at the end of the chunk in which a multiple of `every_n_steps` was passed."""
         every = self.every_n_steps
-        is_due = every is not None and trainer.global_step // every > self._saved_step // every
+        is_due = self.is_leaving() or (every is not None and trainer.global_step // every > self._saved_step // every)
         # The end of an epoch, or of the training, has its own checkpoint, after validation. Between the minibatches of
         # one accumulated step there are gradients, which no checkpoint holds.
         if is_due and module.has_stepped and not (trainer.is_last_batch or trainer.should_stop):
@@ -196,12 +207,21 @@ class LastCheckpoint(Checkpoint):
             # A run that resumes takes the validation at its checkpoint for done: where one comes now, the next step.
             if not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
                 self._save(trainer, module)
+                if self.is_leaving():
+                    self.leave()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         is_last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
         is_last |= 0 <= trainer.max_steps <= trainer.global_step
-        if is_last or time.monotonic() - self._saved_at >= self.every_s:
+        is_leaving = self.is_leaving() and not is_last  # what has come to its end ends
+        if is_last or is_leaving or time.monotonic() - self._saved_at >= self.every_s:
             self._save(trainer, module)
+        if is_leaving:
+            self.leave()
+
+    def save_and_leave(self, trainer: Trainer, module: LightningModule) -> None:
+        self._save(trainer, module)
+        self.leave()
 
     def _save(self, trainer: Trainer, module: LightningModule) -> None:
         self.before()

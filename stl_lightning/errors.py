@@ -27,6 +27,14 @@ class CheckpointError(STLError):
     """A checkpoint is truncated, unsafe to load, or of another branch or run."""
 
 
+class FencedError(STLError):
+    """A newer attempt owns the branch that this process was training."""
+
+
+class LeaveError(STLError):
+    """The process was asked to leave by a signal, and has saved what it was training."""
+
+
 class DivergedError(STLError):
     """The training loss of a branch stopped being a finite number."""
 

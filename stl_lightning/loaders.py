@@ -100,8 +100,12 @@ class ResumableLoader:
         if self.chunk is None:
             yield from batches
             return
-        for start in range(first, self.n_batches, self.chunk):
-            yield Chunk(batches, min(self.chunk, self.n_batches - start))
+        while (
+            first < self.n_batches
+        ):  # what a process left of a chunk comes first, so that as many follow as in any epoch
+            end = min((first // self.chunk + 1) * self.chunk, self.n_batches)
+            yield Chunk(batches, end - first)
+            first = end
 
     def _counted(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = None if self.seed is None else self.epoch

@@ -80,7 +80,8 @@ class BranchModule(LightningModule):
         self.identities: list[dict[str, Any]] = [{}]  # whose weights these are: run, branch, number of branches
         self.gradient_clip: tuple[float, str] | None = None  # limit, and norm or value
         self.accumulate = 1  # minibatches a step
-        self.after_minibatch: Callable[[Any], None] = lambda trainer: None  # for what must not wait for a chunk's end
+        self.is_leaving: Callable[[], bool] = lambda: False  # asked between two steps, also in the middle of a chunk
+        self.leave: Callable[[], None] = lambda: None  # called there, if so
         self.has_stepped = True  # after the last minibatch
 
     def build(
@@ -161,6 +162,7 @@ class BranchModule(LightningModule):
     def training_step(self, batch: Chunk | tuple[Tensor, Tensor], batch_index: int) -> None:
         """Make a step on each minibatch of a chunk, up to `trainer.max_steps`."""
         losses, answers, labels, steps = [], [], [], []
+        n_left = len(batch) if isinstance(batch, Chunk) else 1
         for x, targets in self._minibatches(batch):
             steps.append(self.trainer.global_step)
             loss_sum, loss, logits = self._loss(x, targets)
@@ -171,10 +173,14 @@ class BranchModule(LightningModule):
             answers.append(logits.argmax(-1))
             labels.append(targets)
             self._step_if_due()
-            self.after_minibatch(self.trainer)
+            n_left -= 1
+            if self.has_stepped and self.is_leaving():
+                break
         if self._has_all_steps():
             self.trainer.should_stop = True  # has Lightning validate the last weights, wherever a chunk ends
         self._note(torch.stack(losses), answers, labels, torch.tensor(steps))
+        if n_left and self.is_leaving() and not self.trainer.should_stop:
+            self.leave()  # here, where Lightning holds the chunk for begun and not for done
 
     def _minibatches(self, batch: Chunk | tuple[Tensor, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         device, convert = self.device, self.trainer.precision_plugin.convert_input

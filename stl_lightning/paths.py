@@ -1,6 +1,7 @@
 """Every path in a run directory and in a slice store, and the one way to write a file there: complete or not at all."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -9,14 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from stl_lightning.errors import RunError
+from stl_lightning.errors import FencedError, RunError
 
 
 @dataclass(frozen=True)
 class BranchPaths:
-    """The files of one branch. Its owner is the process that trains it."""
+    """The files of one branch. Its owner is the process that trains it, which writes through its `desk`.
+
+    The desk is a folder that a newer attempt moves away before it begins: what an older one, perhaps cut off on a lost
+    node, still wants to rename from there to its place is gone, so it cannot overwrite anything.
+    """
 
     folder: Path
+    desk: Path | None = None
 
     @property
     def config(self) -> Path:
@@ -38,8 +44,19 @@ class BranchPaths:
     def status(self) -> Path:
         return self.folder / "status.json"
 
+    @property
+    def attempts(self) -> Path:
+        return self.folder / "attempts"
+
     def logits(self, split: str) -> Path:
         return self.folder / "logits" / f"{split}.safetensors"
+
+    def write(self, path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+        """Write one of these files, complete or not at all.
+
+        Raises: FencedError if a newer attempt owns the branch, and nothing was changed; RunError as `write_atomically`.
+        """
+        write_atomically(path, write, self.desk)
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,16 @@ class RunPaths:
     @property
     def fitted(self) -> Path:
         return self.folder / "ensemble" / "weights.safetensors"
+
+    @property
+    def launch(self) -> Path:
+        """What `stl launch` submitted: job ids, how, and when."""
+        return self.folder / "launch.json"
+
+    @property
+    def logs(self) -> Path:
+        """What the jobs of a launch print."""
+        return self.folder / "logs"
 
     @property
     def baseline(self) -> "RunPaths":
@@ -104,24 +131,44 @@ class StorePaths:
         return self.folder.with_name(f".{self.folder.name}.lock")
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], desk: Path | None = None) -> None:
     """Call `write` on a temporary file beside `path`, flush it to the disk and rename it to `path`.
 
+    With `desk`, the temporary file lies there, and the file is written only as long as that folder is in its place.
     Raises: RunError if the folder cannot be written to or the disk is full; `path` is then as it was before.
+    FencedError if the desk is gone.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = (desk or path.parent) / f".{path.name}.{secrets.token_hex(4)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        for is_last_try in (False, False, True):
+            with temporary.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                written = os.fstat(file.fileno()).st_ino
+            if _moved(temporary, path, written, is_last_try):
+                return
     except OSError as error:
+        if desk is not None and not desk.exists():
+            raise FencedError(f"a newer attempt has taken {path.parent}: this one has changed nothing since") from error
         raise RunError(f"cannot write {path}: {error}. Choose another `run.root`, or free the disk") from error
     finally:
         with contextlib.suppress(OSError):  # such as a folder that could not be made
             temporary.unlink(missing_ok=True)
+
+
+def _moved(temporary: Path, path: Path, inode: int, is_last_try: bool) -> bool:
+    """Rename, and find out what happened: a network drive may fail although it renamed, or lose the file's handle."""
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        if path.exists() and path.stat().st_ino == inode:
+            return True
+        if is_last_try or error.errno not in (errno.ESTALE, errno.EIO, errno.ENOENT) or not temporary.parent.exists():
+            raise
+        return False
+    return True
 
 
 def create_once(path: Path, text: str) -> None:
@@ -144,8 +191,8 @@ def create_once(path: Path, text: str) -> None:
         mine.unlink()
 
 
-def write_json(path: Path, content: Any) -> None:
-    write_atomically(path, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+def write_json(path: Path, content: Any, desk: Path | None = None) -> None:
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"), desk)
 
 
 def read_json(path: Path) -> Any:
@@ -154,3 +201,19 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read {path}: {error}") from error
+
+
+def file_system_now(folder: Path) -> float:
+    """The time (s since 1970) by the clock that stamps the files in `folder`: on a network drive, the server's.
+
+    Raises: RunError if nothing can be written there.
+    """
+    probe = folder / f".clock.{secrets.token_hex(4)}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError as error:
+        raise RunError(f"cannot write into {folder}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)

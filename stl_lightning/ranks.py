@@ -63,3 +63,20 @@ def _integer(env: Mapping[str, str], name: str) -> int:
         return int(env[name])
     except (KeyError, ValueError):
         raise ConfigError(f"expected a number in the launcher's variable {name}, got {env.get(name)!r}") from None
+
+
+def job_id(environ: Mapping[str, str] | None = None) -> str | None:
+    """What the scheduler calls the job of this process: 17, or 17_3 for an array task; None without a scheduler.
+
+    `stl launch --local` is a scheduler too, and names its jobs in STL_JOB.
+    """
+    env = os.environ if environ is None else environ
+    if "SLURM_ARRAY_JOB_ID" in env and "SLURM_ARRAY_TASK_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env.get("SLURM_JOB_ID") or env.get("STL_JOB")
+
+
+def was_requeued(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the scheduler has started this job before, and given that start up."""
+    env = os.environ if environ is None else environ
+    return _integer(env, "SLURM_RESTART_COUNT") > 0 if "SLURM_RESTART_COUNT" in env else False

@@ -1,38 +1,41 @@
-"""What a branch is doing, as a small file that its owner rewrites: `branches/NN/status.json`."""
+"""What a branch is doing, as a small file that its owner rewrites: `branches/NN/status.json`. Imports nothing heavy."""
 
-import math
 import os
 import socket
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
-
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 from stl_lightning.errors import RunError
 from stl_lightning.paths import BranchPaths, read_json, write_json
 
 State = Literal["pending", "running", "finished", "failed", "interrupted"]
 
-HEARTBEAT_S = 10.0
+HEARTBEAT_S = 10.0  # between two beats of a process that lives
+LOST_AFTER_S = 30.0  # without a beat, a process is taken for lost
 
 
 @dataclass
 class Status:
-    """State of one branch. After a SIGKILL it still says `running`: judge that state by the age of the heartbeat."""
+    """State of one branch. After a SIGKILL it still says `running`: `is_lost` judges that by the heartbeat's age."""
 
     branch: int
     state: State = "pending"
-    attempt: int = 0
-    epoch: int = 0
+    attempt: int = 0  # numbered from 1; the highest number owns the branch
+    epoch: int = 0  # epochs that are complete
+    n_epochs: int | None = None  # of the whole training, where the config says it in epochs
     step: int = 0
-    loss: float | None = None
+    epoch_s: float | None = None  # of the last epoch
+    loss: float | None = None  # of the last validation
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
-    started: float = field(default_factory=time.time)  # seconds since 1970, UTC
+    job: str | None = None  # the scheduler's number for what trains the branch: 17, or 17_3 for an array task
+    n_failures: int = 0  # of this branch in this job, for its own reasons
+    started: float = field(default_factory=time.time)  # seconds since 1970, UTC, by the clock of `host`
     heartbeat: float = field(default_factory=time.time)  # the same clock
     error: str | None = None
+    log_tail: list[str] = field(default_factory=list)  # the last lines that the failed process printed
+    traffic: dict[str, Any] = field(default_factory=dict)  # bytes sent and received while training
 
 
 def read_status(paths: BranchPaths, branch: int) -> Status:
@@ -46,35 +49,14 @@ def read_status(paths: BranchPaths, branch: int) -> Status:
 
 
 def write_status(paths: BranchPaths, status: Status) -> None:
+    """Raises: FencedError if a newer attempt owns the branch; RunError if the file cannot be written."""
     status.heartbeat = time.time()
-    write_json(paths.status, asdict(status))
+    write_json(paths.status, asdict(status), paths.desk)
 
 
-class StatusWriter(Callback):
-    """Keeps the `status.json` of each branch in training up to date, every `HEARTBEAT_S` seconds."""
+def heartbeat_age_s(paths: BranchPaths, now_s: float) -> float:
+    """Seconds since the owner last wrote, by the clock of the file system: hosts whose clocks differ do not matter.
 
-    def __init__(self, branches: Sequence[tuple[BranchPaths, Status]]) -> None:
-        self.branches = branches
-        self._last = time.monotonic()
-
-    def beat(self, trainer: Trainer) -> None:
-        """Write if it is time to; called after each minibatch."""
-        if time.monotonic() - self._last > HEARTBEAT_S:
-            self._write(trainer)
-
-    def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
-        for (_, status), loss in zip(self.branches, module.val_scores()["val/loss"].tolist(), strict=True):
-            status.loss = loss if math.isfinite(loss) else None
-        self.beat(trainer)
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._write(trainer)
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._write(trainer)
-
-    def _write(self, trainer: Trainer) -> None:
-        self._last = time.monotonic()
-        for paths, status in self.branches:
-            status.epoch, status.step = trainer.current_epoch, trainer.global_step
-            write_status(paths, status)
+    `now_s` is `paths.file_system_now`, taken once for all branches.
+    """
+    return max(0.0, now_s - paths.status.stat().st_mtime)

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from stl_lightning.errors import ConfigError
-from stl_lightning.paths import BranchPaths, write_atomically
+from stl_lightning.paths import BranchPaths
 from stl_lightning.run import Run
 
 
@@ -51,8 +51,8 @@ class MetricsCSV(Logger):
 
     def __init__(self, paths: BranchPaths) -> None:
         super().__init__()
-        self.path = paths.metrics
-        self._rows = _read_rows(self.path)
+        self.paths = paths
+        self._rows = _read_rows(paths.metrics)
         self._since = time.perf_counter()
 
     @property
@@ -78,7 +78,7 @@ class MetricsCSV(Logger):
 
     def save(self) -> None:
         if self._rows:
-            write_atomically(self.path, lambda file: file.write(self._text().encode()))
+            self.paths.write(self.paths.metrics, lambda file: file.write(self._text().encode()))
 
     def _text(self) -> str:
         text = io.StringIO()

@@ -18,9 +18,10 @@ from stl_lightning.paths import RunPaths
 CHECKOUT = Path(__file__).resolve().parent.parent
 DIGITS = CHECKOUT / "configs" / "digits.yaml"
 
-# Each rank has one thread here, `stl run` two: sums are taken in another order, and 30 epochs of Adam carry the
-# rounding on.
-TOLERANCE = 1e-4
+# Each rank has one thread here, `stl run` two, and stacks its branches: sums are taken in another order. Where a gradient
+# is almost zero, Adam turns its rounding into a whole step; so in 64 bits, where 30 epochs of it stay below this.
+PRECISION = "--trainer.precision=64-true"
+TOLERANCE = 1e-6
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +52,7 @@ class Watched:
 
     def __init__(self, root: Path) -> None:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4"]
-        agent = start(command(launcher, "fit", root), root / "log.txt", OMP_NUM_THREADS="1")
+        agent = start(command(launcher, "fit", root, PRECISION), root / "log.txt", OMP_NUM_THREADS="1")
         self.seen: list[str] = []
         self.n_looks = 0
         while agent.poll() is None:
@@ -78,7 +79,7 @@ def torchrun(folder: Path) -> Watched:
 def one_process(folder: Path) -> Path:
     root = folder / "one"
     root.mkdir()
-    process = start(command([sys.executable], "run", root), root / "log.txt", OMP_NUM_THREADS="2")
+    process = start(command([sys.executable], "run", root, PRECISION), root / "log.txt", OMP_NUM_THREADS="2")
     assert process.wait(300) == 0, (root / "log.txt").read_text()
     return root
 
@@ -128,17 +129,17 @@ def test_both_ensembles_have_the_same_test_accuracy(torchrun: Watched, one_proce
 
 
 def test_a_rank_killed_in_mid_epoch_resumes_to_the_same_bits(torchrun: Watched, folder: Path) -> None:
-    """36 steps an epoch, a checkpoint every 5 steps: SIGKILL lands between two of them."""
+    """36 steps an epoch, a checkpoint every 5 steps: SIGKILL comes as soon as there is one."""
     root = folder / "killed"
     root.mkdir()
     branch = RunPaths(root / "digits").branch(2)
-    args = command([sys.executable], "fit", root, "--run.branches=[2]", "--run.checkpoint_every_n_steps=5")
+    args = command([sys.executable], "fit", root, PRECISION, "--run.branches=[2]", "--run.checkpoint_every_n_steps=5")
     process = start(args, root / "log.txt", OMP_NUM_THREADS="1")
     deadline = time.monotonic() + 120
-    while not branch.last.exists() or load_checkpoint(branch.last)["global_step"] < 100:
+    while not branch.last.exists():
         assert process.poll() is None, (root / "log.txt").read_text()
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert json.loads(branch.status.read_text())["state"] == "running"

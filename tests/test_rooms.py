@@ -12,8 +12,9 @@ PACKAGE = CHECKOUT / "stl_lightning"
 
 # Each may import from those before it (and from its own room).
 ROOMS = [
-    "errors", "ranks", "paths", "run", "spectral", "augment", "images", "sources", "store", "loaders", "slices",
-    "datamodule", "networks", "stacked", "module", "strategy", "checkpoint", "status", "tracking", "training",
+    "errors", "exits", "leaving", "ranks", "paths", "run", "status", "attempts", "supervisor", "traffic", "launch",
+    "spectral", "augment", "images", "sources", "store", "loaders", "slices",
+    "datamodule", "networks", "stacked", "module", "strategy", "checkpoint", "tracking", "training",
     "ensemble", "report", "__main__", "cli",
 ]  # fmt: skip
 

@@ -6,18 +6,24 @@ from collections.abc import Sequence
 from stl_lightning.cli.config import SpectralCLI
 from stl_lightning.cli.ensemble import combine
 from stl_lightning.errors import ConfigError
+from stl_lightning.exits import DONE, FAILED
 from stl_lightning.ranks import RankInfo
 from stl_lightning.run import check_baseline, claim_run, open_run
 from stl_lightning.status import read_status
+from stl_lightning.supervisor import is_given_up, is_supervised, tell_supervisor
 from stl_lightning.training import BranchJob, Outcome, check_branch, train_branches
 
 
-def fit(args: list[str]) -> int:
-    """Train the branches this rank owns."""
-    cli = SpectralCLI(args, "fit", "Train the branches that this rank owns, without any communication.")
-    branches = cli.owned_branches()
+def fit_rank(args: list[str]) -> int:
+    """Train the branches this rank owns, but those that failed too often under a supervisor."""
+    what = "Train the branches that this rank owns, without any communication. --retries N: in a process of their own, "
+    cli = SpectralCLI(args, "fit", what + "which is started again up to N times for each branch that fails.")
+    owned = cli.owned_branches()
     run = cli.claim()
-    return exit_code(train_all([cli.job(run, branch) for branch in branches]))
+    branches = [branch for branch in owned if not is_given_up(read_status(run.paths.branch(branch), branch))]
+    tell_supervisor(run.paths, branches)
+    n_failed = len(owned) - len(branches) + train_all([cli.job(run, branch) for branch in branches])
+    return exit_code(n_failed)
 
 
 def run(args: list[str]) -> int:
@@ -66,5 +72,6 @@ def report(job: BranchJob, outcome: Outcome) -> None:
 
 
 def exit_code(n_failed: int) -> int:
-    """1 if a branch failed; but 0 under torchrun, which would end the other ranks: `status.json` keeps the failure."""
-    return int(n_failed > 0 and RankInfo.detect().launcher != "torchrun")
+    """FAILED if a branch failed; but under torchrun, which would end the other ranks, `status.json` alone tells."""
+    spares_siblings = RankInfo.detect().launcher == "torchrun" and not is_supervised()
+    return DONE if n_failed == 0 or spares_siblings else FAILED

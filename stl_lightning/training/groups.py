@@ -7,7 +7,6 @@ ends before the others, they go on without it from the checkpoint of that epoch.
 import copy
 import gc
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,15 +19,18 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
+from stl_lightning import leaving
+from stl_lightning.attempts import begin_attempt
 from stl_lightning.checkpoint import BestCheckpoint, LastCheckpoint, load_checkpoint
 from stl_lightning.datamodule import SpectralDataModule
-from stl_lightning.errors import DivergedError, RunError, STLError
+from stl_lightning.errors import DivergedError, FencedError, LeaveError, RunError, STLError
 from stl_lightning.module import BranchModule, branch_seed
-from stl_lightning.paths import write_atomically
+from stl_lightning.ranks import job_id
 from stl_lightning.stacked import describe
-from stl_lightning.status import State, Status, StatusWriter, read_status, write_status
+from stl_lightning.status import State, Status, read_status, write_status
 from stl_lightning.strategy import pick_device
 from stl_lightning.tracking import EpochLogger, branch_loggers, close
+from stl_lightning.training.heartbeat import Heartbeat
 from stl_lightning.training.job import BranchJob, resume_point, why_not_stacked
 from stl_lightning.training.trainer import chunks, make_trainer
 
@@ -44,19 +46,37 @@ class Attempt:
     outcome: Outcome | None = None
     design: str | None = None  # what branches have in common that train as one network
     is_alone: bool = False  # after a fault of the group it was in, to find out whose it was
+    has_begun: bool = False
     loggers: list[Logger] = field(default_factory=list)
 
     def begin(self) -> None:
-        if self.loggers:
+        """Take the branch.
+
+        Raises: RunError if it is in training by another process, or its files cannot be written.
+        """
+        if self.has_begun:
             return
         job, old = self.job, self.status
-        write_atomically(job.paths.config, lambda file: file.write(job.config_yaml.encode()))
-        self.status = Status(job.branch, "running", old.attempt + 1, old.epoch, old.step, started=time.time())
-        write_status(job.paths, self.status)
-        self.loggers = branch_loggers(job.tracking, job.paths, job.options.name, job.run.id, job.branch, job.job_type)
+        number, paths = begin_attempt(job.paths, job.branch)
+        job.desk = paths.desk
+        paths.write(paths.config, lambda file: file.write(job.config_yaml.encode()))
+        n_failures = old.n_failures if old.job == job_id() else 0
+        self.status = Status(
+            job.branch, "running", number, old.epoch, old.n_epochs, old.step, old.epoch_s, old.loss, job=job_id(),
+            n_failures=n_failures,
+        )  # fmt: skip
+        write_status(paths, self.status)
+        self.has_begun = True
+
+    def open_loggers(self) -> None:
+        job, name = self.job, self.job.options.name
+        self.loggers = self.loggers or branch_loggers(
+            job.tracking, job.paths, name, job.run.id, job.branch, job.job_type
+        )
 
     def end(self, state: State, error: str | None = None) -> None:
         self.status.state, self.status.error = state, error
+        self.status.n_failures += state == "failed"
         self.outcome = "finished" if state == "finished" else "failed"
         write_status(self.job.paths, self.status)
         close(self.loggers)
@@ -68,7 +88,8 @@ def train_branches(jobs: Sequence[BranchJob], report: Callable[[BranchJob, Outco
     What goes wrong with a branch is recorded in its `status.json`, and the others go on. `report` is called with each
     branch when it ends. Returns how many failed.
 
-    Raises: RunError if `status.json` or `config.yaml` cannot be written.
+    Raises: LeaveError once a signal has asked to leave; FencedError if a newer attempt owns one of the branches;
+    RunError if `status.json` or `config.yaml` cannot be written, or another process has begun the branch.
     """
     n_failed = 0
     waiting = []
@@ -80,6 +101,8 @@ def train_branches(jobs: Sequence[BranchJob], report: Callable[[BranchJob, Outco
             waiting.append(Attempt(job, status))
     _say_why_not_stacked(waiting)
     while waiting:
+        if leaving.asked():
+            raise LeaveError(f"asked to leave by {leaving.asked()}, before the next branch began")
         group, others = next_group(waiting)
         for attempt in train_group(group):
             if attempt.outcome is not None:
@@ -145,7 +168,17 @@ def train_group(group: Sequence[Attempt]) -> Sequence[Attempt]:
     try:
         for attempt in group:
             attempt.begin()
-        _fit(group)
+    except STLError:  # in training by another process, or not writable
+        _interrupt(group)
+        raise
+    try:
+        with Heartbeat([(attempt.job.paths, attempt.status) for attempt in group]) as heartbeat:
+            for attempt in group:
+                attempt.open_loggers()
+            _fit(group, heartbeat)
+    except (LeaveError, FencedError):
+        _interrupt(group)
+        raise
     except (KeyboardInterrupt, SystemExit) as end:
         for attempt in group:
             attempt.end("interrupted")
@@ -158,6 +191,13 @@ def train_group(group: Sequence[Attempt]) -> Sequence[Attempt]:
         # A fault of this branch (its network, the machine's memory) must not take the branches after it down.
         _blame(group, traceback.format_exc())
     return group
+
+
+def _interrupt(group: Sequence[Attempt]) -> None:
+    for attempt in group:
+        if attempt.has_begun:
+            with suppress(FencedError, RunError):
+                attempt.end("interrupted")
 
 
 def _blame(group: Sequence[Attempt], error: str) -> None:
@@ -173,7 +213,7 @@ def _blame(group: Sequence[Attempt], error: str) -> None:
         attempt.is_alone = True
 
 
-def _fit(group: Sequence[Attempt]) -> None:
+def _fit(group: Sequence[Attempt], heartbeat: Heartbeat) -> None:
     jobs = [attempt.job for attempt in group]
     first = jobs[0]
     data = copy.copy(first.data)
@@ -184,7 +224,7 @@ def _fit(group: Sequence[Attempt]) -> None:
     # Dropout masks must not be shared between branches, whatever the network's construction consumed.
     seed_everything(branch_seed(data.seed, first.branch), verbose=False)
     best = BestCheckpoint(first.options.monitor, first.options.patience, len(jobs))
-    trainer = _training_trainer(group, module, data, best, resume_from)
+    trainer = _training_trainer(group, module, data, best, heartbeat, resume_from)
     files: Any = trainer.strategy.checkpoint_io
     # Lightning does so after it has loaded a checkpoint: weights in float64 would come back by way of float32.
     trainer.precision_plugin.convert_module(module)
@@ -196,7 +236,7 @@ def _fit(group: Sequence[Attempt]) -> None:
             attempt.end("failed", str(module.divergence(i)))
         return
     except BaseException:
-        with suppress(RunError):  # such as a full disk, which may be what ended it
+        with suppress(RunError, FencedError):  # such as a full disk, which may be what ended it
             files.flush()
         raise
     over = best.ended(module) or range(len(jobs))  # the others go on without those that ended early
@@ -223,6 +263,7 @@ def _training_trainer(
     module: BranchModule,
     data: SpectralDataModule,
     best: BestCheckpoint,
+    heartbeat: Heartbeat,
     resume_from: Path | None,
 ) -> Trainer:
     """The Trainer of a group. What Lightning would do at each step is done by the module, a chunk at a time."""
@@ -238,13 +279,20 @@ def _training_trainer(
     users = settings.get("callbacks") or []
     callbacks = [
         *(callback for callback in users if shows_bar or not isinstance(callback, ProgressBar)),
-        status := StatusWriter([(attempt.job.paths, attempt.status) for attempt in group]),
+        heartbeat,
         epochs := EpochLogger([attempt.loggers for attempt in group]),
         best,
-        LastCheckpoint(job.options.checkpoint_every_s, job.options.checkpoint_every_n_steps, epochs.save),
+        last := LastCheckpoint(
+            job.options.checkpoint_every_s,
+            job.options.checkpoint_every_n_steps,
+            epochs.save,
+            heartbeat.is_leaving,
+            heartbeat.leave,
+        ),
     ]
-    module.after_minibatch = status.beat
     loggers = group[0].loggers if len(group) == 1 else False
     own = {"gradient_clip_val": None, "gradient_clip_algorithm": None, "accumulate_grad_batches": 1}
     jobs = [attempt.job for attempt in group]
-    return make_trainer(jobs, logger=loggers, callbacks=callbacks, enable_progress_bar=shows_bar, **own)
+    trainer = make_trainer(jobs, logger=loggers, callbacks=callbacks, enable_progress_bar=shows_bar, **own)
+    module.is_leaving, module.leave = heartbeat.is_leaving, lambda: last.save_and_leave(trainer, module)
+    return trainer

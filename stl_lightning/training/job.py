@@ -2,11 +2,8 @@
 
 import copy
 import math
-import os
-import socket
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
 from torch import nn
 
+from stl_lightning.attempts import refuse_if_owned
 from stl_lightning.checkpoint import BestCheckpoint, load_checkpoint
 from stl_lightning.datamodule import SpectralDataModule
 from stl_lightning.errors import CheckpointError, ConfigError, RunError
@@ -22,7 +20,6 @@ from stl_lightning.module import BranchModule
 from stl_lightning.paths import BranchPaths
 from stl_lightning.run import Run, RunOptions, different_keys
 from stl_lightning.stacked import ELEMENTWISE, can_stack
-from stl_lightning.status import read_status
 from stl_lightning.tracking import TrackingOptions
 
 # Settings that may change between two attempts at a branch: where and how it runs, not what it computes.
@@ -52,6 +49,7 @@ class BranchJob:
     tracking: TrackingOptions
     local_rank: int = 0
     job_type: Literal["branch", "baseline"] = "branch"
+    desk: Path | None = None  # of the attempt that trains it
 
     @property
     def branch(self) -> int:
@@ -59,7 +57,7 @@ class BranchJob:
 
     @property
     def paths(self) -> BranchPaths:
-        return self.run.paths.branch(self.branch)
+        return replace(self.run.paths.branch(self.branch), desk=self.desk)
 
     def built_module(self) -> BranchModule:
         """A module of its own with the network as it is before training."""
@@ -70,21 +68,14 @@ class BranchJob:
 def check_branch(job: BranchJob) -> None:
     """Find out whether a branch may be trained, before any is.
 
-    Raises: RunError if it was begun with other settings, is in training by another process of this machine, or its
-    files cannot be read; ConfigError if it is to be stacked and cannot.
+    Raises: RunError if it was begun with other settings, is in training by another process, or its files cannot be
+    read; ConfigError if it is to be stacked and cannot.
     """
     check_same_config(job)
     check_callbacks(job.trainer_settings.get("callbacks") or [])
     if job.options.stack is True and (reason := why_not_stacked(job, job.built_module())):
         raise ConfigError(f"run.stack=true: {reason}; run.stack=auto trains the branches one after the other")
-    status = read_status(job.paths, job.branch)
-    is_here = status.state == "running" and status.host == socket.gethostname() and status.pid != os.getpid()
-    if is_here and _is_alive(status.pid):
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
-        raise RunError(
-            f"branch {job.branch} of {job.run.paths.folder} is in training by process {status.pid} on {status.host} "
-            f"since {since}; wait for it, or delete {job.paths.status} if that process is another program by now"
-        )
+    refuse_if_owned(job.paths, job.branch)
 
 
 # What Lightning would call around a step, which the module makes by itself.
@@ -168,7 +159,3 @@ def load_best(job: BranchJob) -> BranchModule:
     except RuntimeError as error:
         raise CheckpointError(f"{job.paths.best} does not fit model.network: {error}") from error
     return module.eval()
-
-
-def _is_alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()

@@ -52,7 +52,6 @@ def training(args: Sequence[str], n_samples: int) -> Side:
         from stl_lightning.cli.config import SpectralCLI
         from stl_lightning.training import train_branches
 
-        status.HEARTBEAT_S = math.inf  # as of the checkpoints: it counts the time of the other sides' turns
         stop_at_epoch_ends(turn, n_samples)
         cli = SpectralCLI(list(args), "fit")
         run = cli.claim()

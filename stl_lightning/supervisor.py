@@ -1,0 +1,176 @@
+"""A small process that starts the training as its child, and starts it again where a branch failed.
+
+A child that is killed, by the kernel for its memory say, cannot record its own end, and under torchrun it would take its
+siblings down. The supervisor records the end with the last lines of the log, and outlives it.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from stl_lightning import leaving
+from stl_lightning.attempts import desk_of
+from stl_lightning.errors import STLError
+from stl_lightning.exits import DONE, FAILED, INTERRUPTED
+from stl_lightning.paths import BranchPaths, RunPaths
+from stl_lightning.ranks import RankInfo, job_id
+from stl_lightning.status import Status, read_status, write_status
+
+N_LOG_LINES = 30
+PIPE = "STL_SUPERVISOR_FD"  # through which the child says which branches it trains
+RETRIES = "STL_RETRIES"
+SUPERVISOR = "STL_SUPERVISOR"  # its process number
+LAST_LINES_S = 5.0  # for what a child that has ended printed
+PAUSE_S = 1.0  # before the first retry; doubled with each
+
+
+@dataclass
+class Ended:
+    """How a child ended: its exit code (negative: the signal), what it trained, the last lines it printed."""
+
+    pid: int
+    code: int
+    branches: list[tuple[BranchPaths, int]] = field(default_factory=list)
+    log_tail: list[str] = field(default_factory=list)
+
+    @property
+    def has_failed(self) -> bool:
+        return self.code < 0 or self.code == FAILED
+
+
+def supervise(args: Sequence[str], retries: int) -> int:
+    """Run `stl fit ARGS` until its branches have finished, or failed once more often than `retries`, each by itself.
+
+    Returns the exit code of the last child; under torchrun 0 for a failed branch, as `stl fit` itself.
+    """
+    pause_s = PAUSE_S
+    while not leaving.asked():
+        ended = run_child([sys.executable, "-m", "stl_lightning", "fit", *args], retries)
+        for paths, branch in ended.branches if ended.has_failed else ():
+            record_end(paths, branch, ended)
+        if ended.code < 0 and leaving.asked():
+            break  # it was not able to save any more
+        if not has_retries(ended, retries):
+            return _exit_code(ended)
+        print(f"stl fit: {_how(ended.code)}; trying again in {pause_s:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(pause_s)
+        pause_s *= 2
+    return INTERRUPTED
+
+
+def run_child(command: Sequence[str], retries: int) -> Ended:
+    """Run a command that prints through this process, and hand on to it the signals that ask to leave."""
+    read_end, write_end = os.pipe()
+    child = subprocess.Popen(
+        command,
+        env=os.environ | {PIPE: str(write_end), RETRIES: str(retries), SUPERVISOR: str(os.getpid())},
+        pass_fds=[write_end],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    os.close(write_end)
+    assert child.stdout is not None, "it was asked for"
+    tail: deque[str] = deque(maxlen=N_LOG_LINES)
+    printer = threading.Thread(target=_print_through, args=(child.stdout, tail), daemon=True)
+    printer.start()
+
+    def hand_on(number: int, frame: object) -> None:
+        name = signal.Signals(number).name
+        leaving.note(name)
+        if name != "SIGINT":  # a terminal's Ctrl-C reaches the child by itself, and two end it at once
+            child.send_signal(number)
+
+    with leaving.handling(hand_on):
+        child.wait()
+    # What the child started, a tracker's service say, may outlive it and hold its pipes open.
+    printer.join(LAST_LINES_S)
+    os.set_blocking(read_end, False)
+    with os.fdopen(read_end, "rb") as told:
+        lines = (told.read() or b"").splitlines()
+    return Ended(child.pid, child.returncode, [branch for line in lines for branch in _branches(line)], [*tail])
+
+
+def _print_through(output: IO[bytes], tail: deque[str]) -> None:
+    for line in output:
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+        text = line.decode(errors="replace").rstrip().rpartition("\r")[2]  # of a progress bar, its last state
+        if text:
+            tail.append(text)
+
+
+def _branches(told: bytes) -> list[tuple[BranchPaths, int]]:
+    message = json.loads(told)
+    paths = RunPaths(Path(message["run"]))
+    return [(paths.branch(branch), branch) for branch in message["branches"]]
+
+
+def tell_supervisor(paths: RunPaths, branches: Sequence[int]) -> None:
+    """Called by the child once it knows what it trains; nothing where there is no supervisor."""
+    if PIPE in os.environ:
+        message = json.dumps({"run": str(paths.folder.absolute()), "branches": list(branches)})
+        os.write(int(os.environ[PIPE]), f"{message}\n".encode())
+
+
+def is_orphan() -> bool:
+    """Whether the supervisor of this process has ended without it."""
+    return is_supervised() and os.getppid() != int(os.environ[SUPERVISOR])
+
+
+def is_supervised() -> bool:
+    """Whether this process is the child of a supervisor."""
+    return PIPE in os.environ
+
+
+def is_given_up(status: Status) -> bool:
+    """Whether a branch has failed in this job as often as its supervisor allows."""
+    return is_supervised() and _has_failed_too_often(status, int(os.environ[RETRIES]))
+
+
+def record_end(paths: BranchPaths, branch: int, ended: Ended) -> None:
+    """Note in `status.json` how a child ended that could not do so itself, and what it printed last."""
+    with contextlib.suppress(STLError):  # such as a newer attempt elsewhere, whose status it is now
+        status = read_status(paths, branch)
+        if status.pid != ended.pid or status.state not in ("running", "failed"):
+            return
+        if status.state == "running":
+            status.state, status.error = "interrupted" if leaving.asked() else "failed", _how(ended.code)
+            status.n_failures += status.state == "failed"
+        status.log_tail = ended.log_tail
+        write_status(desk_of(paths, status.attempt), status)
+
+
+def has_retries(ended: Ended, retries: int) -> bool:
+    """Whether one of the child's branches failed, and not too often."""
+    if leaving.asked() or not ended.has_failed:
+        return False
+    statuses = [read_status(paths, branch) for paths, branch in ended.branches]
+    return any(status.state != "finished" and not _has_failed_too_often(status, retries) for status in statuses)
+
+
+def _has_failed_too_often(status: Status, retries: int) -> bool:
+    return status.state == "failed" and status.job == job_id() and status.n_failures > retries
+
+
+def _how(code: int) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}" + (" (the machine's memory was exhausted?)" if name == "SIGKILL" else "")
+    return f"ended with exit code {code}"
+
+
+def _exit_code(ended: Ended) -> int:
+    if not ended.has_failed:
+        return ended.code
+    is_torchrun = RankInfo.detect().launcher == "torchrun"  # which would end the other ranks
+    return DONE if ended.branches and is_torchrun else FAILED

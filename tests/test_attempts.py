@@ -1,0 +1,239 @@
+"""Attempts are numbered, the newest owns the branch, and what an older one still writes changes nothing."""
+
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from test_groups import N_STEPS, jobs_of, state, train
+from test_training import assert_same
+
+from stl_lightning import attempts, leaving, paths
+from stl_lightning.attempts import attempt_numbers, begin_attempt, desk_of, refuse_if_owned
+from stl_lightning.errors import FencedError, RunError
+from stl_lightning.module import BranchModule
+from stl_lightning.paths import BranchPaths, write_atomically, write_json
+from stl_lightning.status import Status, read_status, write_status
+from stl_lightning.training import train_branches
+
+
+def put(text: str) -> paths.Callable:
+    return lambda file: file.write(text.encode())
+
+
+@pytest.fixture
+def branch(tmp_path: Path) -> BranchPaths:
+    return BranchPaths(tmp_path / "branches" / "03")
+
+
+def test_the_newest_attempt_owns_the_branch(branch: BranchPaths) -> None:
+    first, old = begin_attempt(branch, 3)
+    old.write(old.last, put("old"))
+    second, new = begin_attempt(branch, 3)
+    assert (first, second) == (1, 2)
+    with pytest.raises(FencedError, match="newer attempt"):
+        old.write(old.last, put("stale"))
+    with pytest.raises(FencedError):
+        write_status(old, Status(3, "running"))
+    assert old.last.read_text() == "old"
+    assert not branch.status.exists()
+    new.write(new.last, put("new"))
+    assert new.last.read_text() == "new"
+    assert attempt_numbers(branch) == [1, 2]
+
+
+def test_a_writer_that_stood_still_before_its_rename_changes_nothing(branch: BranchPaths) -> None:
+    """The worst moment: it has found itself the owner and written everything, and then a newer attempt begins."""
+    _, old = begin_attempt(branch, 3)
+    old.write(old.last, put("old"))
+
+    def written_late(file: object) -> None:
+        put("stale")(file)
+        begin_attempt(branch, 3)
+
+    with pytest.raises(FencedError):
+        old.write(old.last, written_late)
+    assert branch.last.read_text() == "old"
+    assert not [path for path in branch.folder.rglob(".*")], "a temporary file was left"
+
+
+def test_a_cached_handle_of_the_old_desk_finds_it_empty(branch: BranchPaths) -> None:
+    """A client of a network drive may reach the folder after it was renamed: the file to rename is gone even so."""
+    _, old = begin_attempt(branch, 3)
+    handle = os.open(old.desk, os.O_DIRECTORY)
+    (old.desk / ".last.ckpt.0").write_text("stale")
+    begin_attempt(branch, 3)
+    with pytest.raises(FileNotFoundError):
+        os.rename(".last.ckpt.0", branch.last, src_dir_fd=handle)
+    os.close(handle)
+
+
+def test_of_many_that_begin_at_once_one_owns_the_branch(branch: BranchPaths) -> None:
+    owners: list[BranchPaths] = []
+    gate = threading.Barrier(8)
+
+    def begin() -> None:
+        gate.wait()
+        with contextlib.suppress(RunError, FencedError):
+            owners.append(begin_attempt(branch, 3)[1])
+
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    def writes(owner: BranchPaths) -> bool:
+        try:
+            owner.write(owner.last, put(owner.desk.name))
+        except FencedError:
+            return False
+        return True
+
+    assert sum(writes(owner) for owner in owners) == 1
+    assert branch.last.read_text() == f"{max(attempt_numbers(branch)):04d}"
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
+def test_a_rename_that_a_network_drive_failed_is_tried_again(
+    code: int, branch: BranchPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, owner = begin_attempt(branch, 3)
+    replace, faults = Path.replace, [code, code]
+
+    def failing(self: Path, target: Path) -> Path:
+        if faults:
+            raise OSError(faults.pop(), "of a network drive")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    owner.write(owner.last, put("new"))
+    assert owner.last.read_text() == "new"
+    faults += [code] * 3
+    with pytest.raises(RunError, match="cannot write"):
+        owner.write(owner.last, put("newer"))
+    assert owner.last.read_text() == "new"
+
+
+def test_a_rename_that_was_made_and_reported_as_failed_counts(
+    branch: BranchPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network drive repeats a request whose answer was lost, and then finds no file to rename."""
+    replace, calls = Path.replace, []
+
+    def twice(self: Path, target: Path) -> Path:
+        calls.append(target)
+        replace(self, target)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", twice)
+    write_atomically(branch.last, put("new"))
+    assert branch.last.read_text() == "new"
+    assert len(calls) == 1
+
+
+def test_a_living_owner_on_this_host_is_named(branch: BranchPaths) -> None:
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        number, owner = begin_attempt(branch, 3)
+        started = attempts.process_started(sleeper.pid)
+        write_json(owner.desk / attempts.OWNER, {"pid": sleeper.pid, "pid_started": started})
+        write_status(owner, Status(3, "running", number, pid=sleeper.pid, job="17_3"))
+        with pytest.raises(RunError, match=f"process {sleeper.pid} on .*, job 17_3 since 20"):
+            begin_attempt(branch, 3)
+        # Another program that has been given the number of one that ended is not the owner.
+        write_json(owner.desk / attempts.OWNER, {"pid": sleeper.pid, "pid_started": started - 1})
+        refuse_if_owned(branch, 3)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    refuse_if_owned(branch, 3)
+
+
+@pytest.mark.parametrize("clock_s", [0.0, -1e6, 1e6], ids=["same", "late", "early"])
+def test_an_owner_elsewhere_is_judged_by_its_heart(
+    clock_s: float, branch: BranchPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its clock says: one that beats keeps its branch, one that does not loses it."""
+    monkeypatch.setattr(attempts, "LOST_AFTER_S", 0.6)
+    monkeypatch.setattr(attempts, "HEARTBEAT_S", 0.2)
+    status = asdict(Status(3, "running", 1, host="elsewhere", heartbeat=time.time() + clock_s))
+    write_json(branch.status, status)
+    refuse_if_owned(branch, 3)
+
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.1):
+            write_json(branch.status, status)
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        with pytest.raises(RunError, match="on elsewhere since"):
+            refuse_if_owned(branch, 3)
+    finally:
+        over.set()
+        heart.join()
+
+
+def test_a_requeued_job_does_not_wait_for_itself(branch: BranchPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_json(branch.status, asdict(Status(3, "running", 1, host="elsewhere", job="17_3")))
+    for name, value in {"ARRAY_JOB_ID": "17", "ARRAY_TASK_ID": "3", "RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    before = time.monotonic()
+    refuse_if_owned(branch, 3)
+    assert time.monotonic() - before < 1
+
+
+def test_a_fenced_training_ends_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A requeued task takes the branch over in mid-training: the old process finds out when it writes, and stops."""
+    nested = {"trainer": {"precision": "32-true"}}  # 64 bits would be the outer training's choice for the inner one
+    undisturbed = train(tmp_path / "undisturbed", [0], **nested)
+    stale = jobs_of(tmp_path / "run", [0], **nested)
+    make_step = BranchModule._step_if_due
+
+    def step_if_due(module: BranchModule) -> None:
+        make_step(module)
+        if module.trainer.global_step == N_STEPS + 4:
+            monkeypatch.setattr(BranchModule, "_step_if_due", make_step)
+            assert train_branches(jobs_of(tmp_path / "run", [0], **nested)) == 0
+
+    monkeypatch.setattr(BranchModule, "_step_if_due", step_if_due)
+    with pytest.raises(FencedError):
+        train_branches(stale)
+    assert leaving.asked() is None
+    status = read_status(stale[0].run.paths.branch(0), 0)
+    assert (status.state, status.attempt) == ("finished", 2)
+    assert_same(state(undisturbed[0]), state(stale[0]))
+
+
+def test_the_heart_finds_out_too(branch: BranchPaths) -> None:
+    from stl_lightning.training.heartbeat import Heartbeat
+
+    number, owner = begin_attempt(branch, 3)
+    with Heartbeat([(owner, Status(3, "running", number))], every_s=0.01) as heartbeat:
+        while not branch.status.exists():
+            time.sleep(0.005)
+        assert not heartbeat.is_leaving()
+        begin_attempt(branch, 3)
+        deadline = time.monotonic() + 10
+        while not heartbeat.is_leaving():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        with pytest.raises(FencedError):
+            heartbeat.leave()
+
+
+def test_the_end_of_an_attempt_is_written_on_its_behalf(branch: BranchPaths) -> None:
+    number, _ = begin_attempt(branch, 3)
+    write_status(desk_of(branch, number), Status(3, "failed", number))
+    begin_attempt(branch, 3)
+    with pytest.raises(FencedError):
+        write_status(desk_of(branch, number), Status(3, "failed", number))
