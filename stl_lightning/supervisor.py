@@ -53,18 +53,19 @@ def supervise(args: Sequence[str], retries: int) -> int:
 
     Returns the exit code of the last child; under torchrun 0 for a failed branch, as `stl fit` itself.
     """
-    pause_s = PAUSE_S
+    pause_s, n_retries = PAUSE_S, 0
     while not leaving.asked():
         ended = run_child([sys.executable, "-m", "stl_lightning", "fit", *args], retries)
         for paths, branch in ended.branches if ended.has_failed else ():
             record_end(paths, branch, ended)
         if ended.code < 0 and leaving.asked():
             break  # it was not able to save any more
-        if not has_retries(ended, retries):
+        # Counted here as well: on a full disk a failure cannot be noted.
+        if n_retries == retries * len(ended.branches) or not has_retries(ended, retries):
             return _exit_code(ended)
         print(f"stl fit: {_how(ended.code)}; trying again in {pause_s:.0f} s", file=sys.stderr, flush=True)
         time.sleep(pause_s)
-        pause_s *= 2
+        pause_s, n_retries = 2 * pause_s, n_retries + 1
     return INTERRUPTED
 
 

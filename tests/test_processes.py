@@ -88,7 +88,9 @@ def test_torchrun_trains_every_branch(torchrun: Watched, folder: Path) -> None:
     assert torchrun.exit_code == 0, torchrun.log
     for branch in range(4):
         paths = RunPaths(folder / "torchrun" / "digits").branch(branch)
-        assert json.loads(paths.status.read_text())["state"] == "finished"
+        status = json.loads(paths.status.read_text())
+        assert status["state"] == "finished"
+        assert status["traffic"]["bytes_sent"] in (0, None)  # None where this system does not tell
     assert torchrun.log.count("finished") == 4
 
 

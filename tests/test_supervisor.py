@@ -1,4 +1,4 @@
-"""The supervisor: a child that fails or is killed is recorded and tried again, signals reach it, siblings never notice."""
+"""The supervisor: a child that fails or is killed is recorded and tried again, and signals reach it."""
 
 import json
 import os
@@ -168,6 +168,15 @@ def test_a_stale_supervisor_does_not_overwrite_the_newer_attempt(supervised: Sup
     os.kill(child, signal.SIGKILL)
     process.communicate(timeout=30)
     assert (status(tmp_path, 0).state, status(tmp_path, 0).attempt) == ("running", 2)
+
+
+def test_failures_that_cannot_be_noted_are_counted_too(supervised: Supervised, tmp_path: Path) -> None:
+    process = supervised([["die"], ["finish"]], retries=1)
+    wait_for(lambda: status(tmp_path, 0).attempt == 1)
+    (tmp_path / "branches" / "00" / "attempts").rename(tmp_path / "away")
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == FAILED
+    assert output.count("trying again") <= 2
 
 
 @pytest.mark.slow

@@ -3,8 +3,12 @@
 import os
 import pickle
 import re
+import signal
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -363,3 +367,67 @@ def test_a_callback_of_the_users_sees_the_training_loss(tmp_path: Path) -> None:
     job = make_job(tmp_path, trainer={"max_epochs": 9, "callbacks": [stops]})
     assert train_branch(job) == "finished"
     assert read_status(job.paths, 0).epoch == 2
+
+
+class Calls(Callback):
+    """Does something of the network in the middle of training."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.function()
+
+
+def test_what_a_rank_sends_is_recorded(tmp_path: Path) -> None:
+    """Nothing; and as a control, what a callback sends to another process, over two attempts."""
+    quiet = make_job(tmp_path / "quiet")
+    assert train_branch(quiet) == "finished"
+    counted = read_status(quiet.paths, 0).traffic
+    if counted["bytes_sent"] is None:
+        pytest.skip(f"bytes cannot be counted here: {counted['method']}")
+    assert (counted["bytes_sent"], counted["bytes_received"], counted["connections"]) == (0, 0, 0)
+
+    with stranger() as address:
+
+        def send() -> None:
+            with socket.create_connection(address) as connection:
+                connection.sendall(bytes(1000))
+
+        killed = make_job(tmp_path / "loud", trainer={"callbacks": [Calls(send), die_at(15)]})
+        assert train_branch(killed) == "failed"
+        assert read_status(killed.paths, 0).traffic["bytes_sent"] == 2000  # two epochs began
+        again = make_job(tmp_path / "loud", trainer={"callbacks": [Calls(send)]})
+        assert train_branch(again) == "finished"
+        assert read_status(again.paths, 0).traffic["bytes_sent"] == 3000  # the second was resumed, not begun
+
+
+@contextmanager
+def stranger() -> Iterator[tuple[str, int]]:
+    """The address of a process that is no descendant of this one (its parent ends at once) and reads what is sent."""
+    serve = """
+import os, socket
+server = socket.create_server(("127.0.0.1", 0))
+if child := os.fork():
+    print(server.getsockname()[1], child)
+    raise SystemExit
+while True:
+    connection = server.accept()[0]
+    while connection.recv(4096):
+        pass
+"""
+    started = subprocess.Popen([sys.executable, "-c", serve], stdout=subprocess.PIPE)
+    assert started.stdout is not None
+    port, pid = map(int, started.stdout.readline().split())
+    started.wait()
+    try:
+        yield "127.0.0.1", port
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        started.stdout.close()
+
+
+def test_a_process_group_is_refused_at_the_call(tmp_path: Path) -> None:
+    job = make_job(tmp_path, trainer={"callbacks": [Calls(lambda: torch.distributed.init_process_group("gloo"))]})
+    assert train_branch(job) == "failed"
+    assert "init_process_group was called while a branch trains" in read_status(job.paths, 0).error

@@ -13,7 +13,7 @@ from stl_lightning.ensemble.options import EnsembleOptions
 from stl_lightning.errors import CheckpointError, RunError
 from stl_lightning.paths import write_json
 from stl_lightning.run import Run
-from stl_lightning.status import read_status
+from stl_lightning.status import Status, read_status
 from stl_lightning.training import BranchJob
 
 
@@ -56,6 +56,7 @@ def evaluate(
         "temperature": ensemble.temperature,
         "cross_validation": ensemble.cv,
         "disagreement": metrics.disagreement(test.logits).tolist(),
+        "traffic": traffic([read_status(job.paths, job.branch) for job in members]),
         "branches": rows,
     }
     save_fitted(ensemble, run.paths.fitted)
@@ -67,6 +68,20 @@ def scores(outputs: Outputs) -> dict[str, float]:
     """Every row of `METRICS`: accuracy and calibration error as shares, negative log-likelihood in nats."""
     log_probs = outputs.logits.log_softmax(-1)
     return {name: float(score(log_probs, outputs.labels)) for name, score in metrics.METRICS.items()}
+
+
+def traffic(statuses: Sequence[Status]) -> dict[str, int | None]:
+    """Bytes sent and received while training, over all processes; None if one of them was not able to count.
+
+    Branches that one process trained together share one count. The last attempts tell: theirs go on from those before.
+    """
+    of_process = {(status.host, status.pid, status.attempt): status.traffic for status in statuses}
+    return {name: _total([of.get(name) for of in of_process.values()]) for name in ("bytes_sent", "bytes_received")}
+
+
+def _total(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _finished(jobs: Sequence[BranchJob]) -> tuple[list[tuple[BranchJob, Outputs]], dict[int, str]]:

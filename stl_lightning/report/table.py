@@ -22,6 +22,9 @@ def _remarks(results: dict[str, Any]) -> list[str]:
         f"weights: {results['weighting']} on {results['space']}, fitted on the validation split; "
         f"temperature {results['temperature']:.3f}; {results['n_test']} test images"
     ]
+    sent, received = (results["traffic"][name] for name in ("bytes_sent", "bytes_received"))
+    counted = "not counted" if sent is None or received is None else f"{sent:,} and {received:,}"
+    lines.append(f"bytes sent and received while training: {counted}")
     lines += [f"branch {branch} is left out: {reason}" for branch, reason in results["left_out"].items()]
     if "left_out" in (results["baseline"] or {}):
         lines.append(f"the baseline is left out: {results['baseline']['left_out']}")

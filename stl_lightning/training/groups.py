@@ -30,6 +30,7 @@ from stl_lightning.stacked import describe
 from stl_lightning.status import State, Status, read_status, write_status
 from stl_lightning.strategy import pick_device
 from stl_lightning.tracking import EpochLogger, branch_loggers, close
+from stl_lightning.traffic import forbid_process_groups
 from stl_lightning.training.heartbeat import Heartbeat
 from stl_lightning.training.job import BranchJob, resume_point, why_not_stacked
 from stl_lightning.training.trainer import chunks, make_trainer
@@ -63,7 +64,7 @@ class Attempt:
         n_failures = old.n_failures if old.job == job_id() else 0
         self.status = Status(
             job.branch, "running", number, old.epoch, old.n_epochs, old.step, old.epoch_s, old.loss, job=job_id(),
-            n_failures=n_failures,
+            n_failures=n_failures, traffic=old.traffic,
         )  # fmt: skip
         write_status(paths, self.status)
         self.has_begun = True
@@ -172,7 +173,8 @@ def train_group(group: Sequence[Attempt]) -> Sequence[Attempt]:
         _interrupt(group)
         raise
     try:
-        with Heartbeat([(attempt.job.paths, attempt.status) for attempt in group]) as heartbeat:
+        heartbeat = Heartbeat([(attempt.job.paths, attempt.status) for attempt in group])
+        with forbid_process_groups(), heartbeat:
             for attempt in group:
                 attempt.open_loggers()
             _fit(group, heartbeat)

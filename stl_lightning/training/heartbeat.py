@@ -1,6 +1,7 @@
 """The heart of a process that trains: a thread that rewrites `status.json` of its branches every few seconds.
 
-A thread, because a validation, or the first look at a data set, may take longer than a living process may be silent.
+A thread, because a validation, or the first look at a data set, may take longer than a living process may be silent. It
+also looks at what the process sends and receives.
 """
 
 import math
@@ -17,6 +18,12 @@ from stl_lightning.errors import FencedError, LeaveError, STLError
 from stl_lightning.paths import BranchPaths
 from stl_lightning.status import HEARTBEAT_S, Status, write_status
 from stl_lightning.supervisor import is_orphan
+from stl_lightning.traffic import Traffic
+
+LOOK_S = 1.0  # between two looks at the sockets and at the supervisor
+
+# Of the counts in a status, those that go on from attempt to attempt.
+ADDED_UP = ("bytes_sent", "bytes_received", "connections", "node_bytes_sent", "node_bytes_received")
 
 
 class Heartbeat(Callback):
@@ -30,23 +37,38 @@ class Heartbeat(Callback):
         self.branches = branches
         self.every_s = every_s
         self.fenced: FencedError | None = None
+        self._traffic = Traffic()
+        self._earlier = [status.traffic for _, status in branches]  # of former attempts, or groups of this one
         self._trainer: Trainer | None = None
         self._epoch_began = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Heartbeat":
+        self._traffic.start()
         self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._over.set()
         self._thread.join()
+        self._traffic.stop()
+        self._note_traffic()
+
+    def _note_traffic(self) -> None:
+        totals = self._traffic.totals()
+        for (_, status), earlier in zip(self.branches, self._earlier, strict=True):
+            status.traffic = totals | {name: _sum(earlier.get(name, 0), totals[name]) for name in ADDED_UP}
 
     def _run(self) -> None:
-        while not self._over.wait(self.every_s):
+        last = time.monotonic()
+        while not self._over.wait(min(LOOK_S, self.every_s)):
+            self._traffic.sample()
             if is_orphan():
                 leaving.note("the end of its supervisor")
+            if time.monotonic() - last < self.every_s:
+                continue
+            last = time.monotonic()
             try:
                 self.beat()
             except FencedError as error:
@@ -58,6 +80,7 @@ class Heartbeat(Callback):
     def beat(self) -> None:
         """Raises: FencedError, RunError as `write_status`."""
         trainer = self._trainer
+        self._note_traffic()
         for paths, status in self.branches:
             if trainer is not None:
                 status.step = trainer.global_step
@@ -86,3 +109,12 @@ class Heartbeat(Callback):
             status.epoch_s = now - self._epoch_began
             status.loss = loss if math.isfinite(loss) else None
         self._epoch_began = now
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._traffic.sample()
+        self._note_traffic()
+
+
+def _sum(earlier: int | None, now: int | None) -> int | None:
+    """None where one of them was not counted."""
+    return None if earlier is None or now is None else earlier + now

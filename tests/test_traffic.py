@@ -1,0 +1,510 @@
+"""What a rank sends is counted to the byte, by real sockets of real processes; and nobody gets a process group."""
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import HashStore, init_process_group, new_group
+from torch.distributed.device_mesh import init_device_mesh
+
+from stl_lightning.errors import CommunicationError
+from stl_lightning.traffic import Traffic, forbid_process_groups
+from stl_lightning.traffic.guard import INNER, PUBLIC
+from stl_lightning.traffic.kernel import CLOSE_WAIT, LISTEN, KernelSockets, Socket, parse_socket
+from stl_lightning.traffic.ledger import N_REMOTES, Ledger
+from stl_lightning.traffic.node import ProcessTree, node_bytes
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+ANSWER = b"done\n"
+N_BYTES = 300_007  # several segments, not a round number
+
+
+def kernel_counts() -> bool:
+    try:
+        KernelSockets().close()
+    except OSError:
+        return False
+    return True
+
+
+needs_kernel = pytest.mark.skipif(not kernel_counts(), reason="this system does not count bytes of sockets")
+
+
+@pytest.fixture(scope="module")
+def others() -> Iterator[dict[str, tuple[str, int]]]:
+    """A foreign process (this one): takes a line on any connection and answers when it has all of it."""
+    servers = {"ipv4": socket.create_server(("127.0.0.1", 0))}
+    with contextlib.suppress(OSError):
+        servers["ipv6"] = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    for server in servers.values():
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+    yield {name: server.getsockname()[:2] for name, server in servers.items()}
+    for server in servers.values():
+        server.close()
+
+
+def serve(server: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the server was closed
+        while True:
+            threading.Thread(target=answer, args=(server.accept()[0],), daemon=True).start()
+
+
+def answer(connection: socket.socket) -> None:
+    with connection, contextlib.suppress(OSError):
+        while received := connection.recv(1 << 16):
+            if received.endswith(b"\n"):
+                connection.sendall(ANSWER)
+
+
+PRELUDE = """
+import json, os, socket, subprocess, sys, time
+from stl_lightning.traffic import Traffic
+
+HOST, PORT, N = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+ME = sys.executable
+
+def send(connection, n=N):
+    connection.sendall(b"x" * (n - 1) + b"\\n")
+    assert connection.recv(100) == b"done\\n"
+
+def connect():
+    return socket.create_connection((HOST, PORT))
+
+def start(*command):
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+SENDER = "import socket, sys; c = socket.create_connection((sys.argv[1], int(sys.argv[2])));" \\
+    "c.sendall(b'x' * (int(sys.argv[3]) - 1) + bytes([10])); c.recv(100); print(flush=True); input();"
+traffic = Traffic()
+"""
+
+
+def rank(code: str, to: tuple[str, int]) -> dict[str, Any]:
+    """The totals of a process that runs `code` between `traffic` and its end. `code` starts it itself."""
+    program = f"{PRELUDE}\n{code}\ntraffic.stop()\nprint(json.dumps(traffic.totals()))"
+    command = [sys.executable, "-c", program, to[0], str(to[1]), str(N_BYTES)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# name -> what a rank does, bytes it sent by program, how many answers came, calls of Python code in the rank
+CASES: dict[str, tuple[str, dict[str, int], int, int]] = {
+    "one connection": ("traffic.start(); c = connect(); send(c)", {"python": N_BYTES}, 1, 1),
+    "closed before any look": ("traffic.start(); c = connect(); send(c); c.close()", {"python": N_BYTES}, 1, 1),
+    "twenty closed before any look": (
+        "traffic.start()\nfor _ in range(20):\n    with connect() as c:\n        send(c, 11)",
+        {"python": 220},
+        20,
+        20,
+    ),
+    "closed between two looks": (
+        "traffic.start(); c = connect(); send(c); traffic.sample(); send(c); c.close(); traffic.sample()",
+        {"python": 2 * N_BYTES},
+        2,
+        1,
+    ),
+    "opened and used before": (
+        "c = connect(); send(c); traffic.start(); send(c, 10); traffic.sample(); send(c, 10)",
+        {"python": 20},
+        2,
+        0,
+    ),
+    "opened and used before, then idle": ("c = connect(); send(c); traffic.start(); traffic.sample()", {}, 0, 0),
+    "opened before, used and closed before any look": (
+        "c = connect(); send(c); traffic.start(); send(c, 10); c.close()",
+        {"python": 10},
+        1,
+        0,
+    ),
+    "idle": ("traffic.start(); traffic.sample()", {}, 0, 0),
+    "started again": ("traffic.start(); send(connect()); traffic.stop(); traffic.start()", {}, 0, 0),
+    "after the end": ("traffic.start(); traffic.stop(); send(connect())", {}, 0, 0),
+    "a child": (
+        "traffic.start(); p = start(ME, '-c', SENDER, HOST, str(PORT), str(N)); p.stdout.readline(); traffic.sample();"
+        "p.communicate('go')",
+        {"python": N_BYTES},
+        1,
+        0,
+    ),
+    "a child that another program started": (
+        "traffic.start(); p = start('/bin/sh', '-c', '\"$@\"; :', 'sh', ME, '-c', SENDER, HOST, str(PORT), str(N));"
+        "p.stdout.readline(); traffic.sample(); p.communicate('go')",
+        {"python": N_BYTES},
+        1,
+        0,
+    ),
+    "a forked child": (
+        "traffic.start(); r, w = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    c = connect(); send(c); os.write(w, b'x'); time.sleep(0.2); os._exit(0)\n"
+        "os.read(r, 1); traffic.sample(); os.wait()",
+        {"python": N_BYTES},
+        1,
+        0,
+    ),
+    "another program": (
+        "traffic.start(); p = start('bash', '-c', f'exec 3<>/dev/tcp/{HOST}/{PORT}; echo hello >&3; read a <&3; echo;"
+        " read b'); p.stdout.readline(); traffic.sample(); p.communicate('go')",
+        {"bash": 6},
+        1,
+        0,
+    ),
+    "inside the tree": (
+        "traffic.start(); server = socket.create_server((HOST, 0)); PORT = server.getsockname()[1]\n"
+        "p = start(ME, '-c', SENDER, HOST, str(PORT), str(10)); a, _ = server.accept(); a.sendall(b'y' * 99)\n"
+        "p.stdout.readline(); traffic.sample(); p.communicate('go'); a.close(); traffic.sample()",
+        {},
+        0,
+        1,  # bind
+    ),
+    "inside the tree, between two looks": (
+        'server = \'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1], flush=True);'
+        " a = s.accept()[0]; a.recv(9); a.close(); input()'\n"
+        "traffic.start(); p = start(ME, '-c', server); port = int(p.stdout.readline()); traffic.sample()\n"
+        "c = socket.create_connection(('127.0.0.1', port)); c.sendall(b'x'); c.recv(1); c.close(); traffic.sample();"
+        "p.communicate('go')",
+        {},
+        0,
+        1,
+    ),
+}
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_are_counted_exactly(name: str, others: dict[str, tuple[str, int]]) -> None:
+    code, sent, n_answers, n_calls = CASES[name]
+    totals = rank(code, others["ipv4"])
+    assert {program: row[0] for program, row in totals["by_program"].items()} == sent
+    assert totals["bytes_sent"] == sum(sent.values())
+    # Of a closed connection, the mark that ended it may count as a byte received.
+    assert 0 <= totals["bytes_received"] - n_answers * len(ANSWER) <= n_answers
+    assert totals["connections"] == n_calls
+    host, port = others["ipv4"]
+    assert totals["remotes"] == ([f"{host}:{port}"] if sent else [])
+    assert "missed" not in totals["method"]
+
+
+@needs_kernel
+@pytest.mark.parametrize("target", ["ipv6", "ipv4 through ipv6"])
+def test_ipv6_is_counted(target: str, others: dict[str, tuple[str, int]]) -> None:
+    if "ipv6" not in others:
+        pytest.skip("no IPv6 on this machine")
+    host, port = others["ipv6"] if target == "ipv6" else (f"::ffff:{others['ipv4'][0]}", others["ipv4"][1])
+    totals = rank("traffic.start(); c = connect(); send(c)", (host, port))
+    assert (totals["bytes_sent"], totals["bytes_received"]) == (N_BYTES, len(ANSWER))
+    assert totals["remotes"] == [f"[::1]:{port}" if target == "ipv6" else f"127.0.0.1:{port}"]
+
+
+@needs_kernel
+def test_an_all_reduce_is_seen(tmp_path: Path) -> None:
+    code = """
+import json, sys, torch
+from stl_lightning.traffic import Traffic
+traffic = Traffic()
+traffic.start()
+torch.distributed.init_process_group("gloo", f"file://{sys.argv[1]}/store", rank=int(sys.argv[2]), world_size=2)
+torch.distributed.all_reduce(torch.ones(50_000))
+torch.distributed.barrier()  # both have all of it: nothing waits in a buffer
+traffic.sample()
+torch.distributed.barrier()
+print(json.dumps(traffic.totals()))
+"""
+    env = os.environ | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, "-c", code, str(tmp_path), str(rank)] for rank in range(2)]
+    ranks = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for command in commands]
+    for totals in [json.loads(each.communicate(timeout=60)[0]) for each in ranks]:
+        assert totals["bytes_sent"] > 50_000 * 4
+        assert totals["bytes_received"] > 50_000 * 4
+        assert totals["remotes"]
+
+
+@needs_kernel
+def test_a_look_is_cheap(others: dict[str, tuple[str, int]]) -> None:
+    totals = rank(
+        "traffic.start(); held = [connect() for _ in range(20)]; used = []\n"
+        "for _ in range(51):\n"
+        "    before = time.thread_time(); traffic.sample(); used.append(time.thread_time() - before)\n"
+        "plain = traffic.totals; traffic.totals = lambda: plain() | {'look_s': sorted(used)[25]}",
+        others["ipv4"],
+    )
+    assert totals["look_s"] < 2e-3
+
+
+def test_looks_of_several_threads_agree(others: dict[str, tuple[str, int]]) -> None:
+    """A heartbeat looks while the training connects: all calls are counted, whoever makes them."""
+    traffic = Traffic()
+    traffic.start()
+
+    def connect() -> None:
+        for _ in range(50):
+            socket.create_connection(others["ipv4"]).close()
+
+    threads = [threading.Thread(target=connect) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        traffic.sample()
+    traffic.stop()
+    assert traffic.totals()["connections"] == 150
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda to: socket.create_connection(to).close(),
+        lambda to: datagram().sendto(b"x", to),
+        lambda to: datagram().sendmsg([b"x"], [], 0, to),
+        lambda to: datagram().bind(("127.0.0.1", 0)),
+        lambda to: socket.socket().connect_ex(("127.0.0.1", 1)),  # nobody listens there
+    ],
+    ids=["connect", "sendto", "sendmsg", "bind", "refused"],
+)
+def test_every_use_of_the_network_by_python_is_noticed(
+    use: Callable[[tuple[str, int]], object], others: dict[str, tuple[str, int]]
+) -> None:
+    traffic = Traffic()
+    traffic.start()
+    use(others["ipv4"])
+    traffic.stop()
+    use(others["ipv4"])
+    assert traffic.totals()["connections"] == 1
+
+
+def datagram() -> socket.socket:
+    return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+
+
+def test_unix_sockets_are_no_network(tmp_path: Path) -> None:
+    traffic = Traffic()
+    traffic.start()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    traffic.stop()
+    assert traffic.totals()["connections"] == 0
+
+
+def test_where_the_system_does_not_tell_the_totals_say_so(
+    monkeypatch: pytest.MonkeyPatch, others: dict[str, tuple[str, int]]
+) -> None:
+    monkeypatch.delattr(socket, "AF_NETLINK", raising=False)
+    traffic = Traffic()
+    traffic.start()
+    socket.create_connection(others["ipv4"]).close()
+    traffic.sample()
+    traffic.stop()
+    totals = traffic.totals()
+    assert (totals["bytes_sent"], totals["bytes_received"], totals["connections"]) == (None, None, 1)
+    assert "missed: the bytes, since the system does not tell: " in totals["method"]
+
+
+@needs_kernel
+@pytest.mark.parametrize("method", ["alive", "ended"])
+def test_a_look_that_fails_is_stated_and_the_next_one_counts(method: str, others: dict[str, tuple[str, int]]) -> None:
+    code = f"""
+from unittest.mock import patch
+traffic.start()
+with connect() as c:
+    send(c)
+time.sleep(0.02)
+with patch("stl_lightning.traffic.count.KernelSockets.{method}", side_effect=OSError("not now")):
+    traffic.sample()
+"""
+    totals = rank(code, others["ipv4"])
+    assert totals["bytes_sent"] == N_BYTES
+    assert "missed: a look, since the system did not answer: not now" in totals["method"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_a_descendant_stays_in_the_tree_when_its_parent_ends() -> None:
+    shell = subprocess.Popen(
+        ["/bin/sh", "-c", "sleep 60 >/dev/null & echo $!; read line"], stdin=-1, stdout=-1, text=True
+    )
+    assert shell.stdin is not None
+    assert shell.stdout is not None
+    sleeper = int(shell.stdout.readline())
+    tree = ProcessTree(shell.pid)
+    try:
+        assert tree.pids() == [shell.pid, sleeper]
+        shell.communicate("\n")
+        assert tree.pids() == [sleeper]
+    finally:
+        os.kill(sleeper, 9)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_a_process_that_may_not_be_looked_into_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_allowed(pid: int) -> list[int]:
+        raise PermissionError(pid)
+
+    monkeypatch.setattr("stl_lightning.traffic.node.socket_inodes", not_allowed)
+    traffic = Traffic()
+    traffic.start()
+    traffic.stop()
+    assert not kernel_counts() or "missed: processes whose open files" in traffic.totals()["method"]
+
+
+def test_bytes_of_the_node(tmp_path: Path) -> None:
+    row = "  {}: {} 1 0 0 0 0 0 0 {} 2 0 0 0 0 0 0\n"
+    (tmp_path / "dev").write_text(
+        "head\nhead\n" + row.format("lo", 7, 7) + row.format("eth0", 100, 20) + row.format("ib0", 3, 4)
+    )
+    for name, words in (("port_xmit_data", "5"), ("port_rcv_data", "50"), ("port_xmit_wait", "9")):
+        path = tmp_path / "infiniband/mlx5_0/ports/1/counters" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(words + "\n")
+    assert node_bytes(tmp_path / "dev", tmp_path / "infiniband") == (24 + 4 * 5, 103 + 4 * 50)
+    assert node_bytes(tmp_path / "dev", tmp_path / "none") == (24, 103)
+    assert node_bytes(tmp_path / "none", tmp_path / "none") is None
+
+
+# -- The ledger alone
+
+
+def connection(cookie: int, sent: int, received: int = 0, port: int = 1000, remote: int = 80, state: int = 1) -> Socket:
+    return Socket(cookie, cookie, state, (bytes([10, 0, 0, 1]), port), (bytes([10, 0, 0, 2]), remote), sent, received)
+
+
+def test_an_ended_socket_leaves_its_bytes_and_is_forgotten() -> None:
+    ledger = Ledger(before=[connection(1, 30, 3)])
+    for cookie in range(1, 3001):
+        ledger.claim(cookie, "loader")
+        ledger.update([connection(cookie, 40, 4, remote=cookie)], [])
+        ledger.update([], [connection(cookie, 50, 5, remote=cookie)])
+        assert cookie not in ledger
+    assert ledger.by_program() == {"loader": [3000 * 50 - 30, 3000 * 5 - 3]}
+    assert len(ledger.remotes()) == N_REMOTES
+
+
+def test_sockets_nobody_claimed_do_not_count() -> None:
+    ledger = Ledger()
+    ledger.update([connection(1, 40)], [connection(2, 50)])
+    assert (ledger.by_program(), ledger.remotes()) == ({}, [])
+
+
+def test_a_connection_to_a_server_of_the_tree_is_internal_though_both_end_at_once() -> None:
+    server = Socket(1, 1, LISTEN, (bytes(4), 80), (bytes(4), 0), 0, 0)
+    client = Socket(2, 2, 1, (bytes([127, 0, 0, 1]), 1000), (bytes([127, 0, 0, 1]), 80), 5, 5)
+    ledger = Ledger()
+    for each in (server, client):
+        ledger.claim(each.cookie, "python")
+    ledger.update([server], [])
+    ledger.update([], [server._replace(state=7), client])
+    assert (ledger.by_program(), ledger.remotes()) == ({}, [])
+
+
+def test_a_server_is_no_remote() -> None:
+    ledger = Ledger()
+    ledger.claim(1, "python")
+    ledger.update([connection(1, 0, remote=0, state=LISTEN)], [])
+    assert ledger.remotes() == []
+
+
+# -- What the kernel writes
+
+
+def message(state: int, info: bytes, family: int = socket.AF_INET) -> bytes:
+    head = struct.pack("=BBxx2s2s16s16s4xII16xI", family, state, b"\0\x50", b"\1\0", bytes(16), bytes(16), 5, 1, 77)
+    return head + struct.pack("=HHB3x", 5, 8, 0) + struct.pack("=HH", 4 + len(info), 2) + info
+
+
+def tcp_info(data_segments: int, received: int) -> bytes:
+    numbers = struct.pack("=QQ16xI4xQQQQ8x", 1001, received, data_segments, 0, 0, 0, 0)
+    return (bytes(120) + numbers + struct.pack("=QQ", 1200, 200)).ljust(280, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("state", "data_segments", "received", "expected"),
+    [(1, 3, 500, 500), (CLOSE_WAIT, 3, 501, 500), (CLOSE_WAIT, 0, 1, 0), (7, 0, 1, 0), (7, 3, 501, 501)],
+)
+def test_the_mark_that_ends_a_connection(state: int, data_segments: int, received: int, expected: int) -> None:
+    found = parse_socket(message(state, tcp_info(data_segments, received)))
+    assert (found.bytes_sent, found.bytes_received) == (1200 - 200, expected)
+    assert (found.cookie, found.inode, found.local[1], found.remote[1]) == (5 | 1 << 32, 77, 80, 256)
+
+
+def test_older_kernels() -> None:
+    assert parse_socket(message(1, tcp_info(3, 500)[:192])).bytes_sent == 1001
+    assert parse_socket(message(7, b"")[:-4]).bytes_sent == 0  # a UDP socket
+    with pytest.raises(OSError, match=r"Linux before 4\.6"):
+        parse_socket(message(1, tcp_info(3, 500)[:104]))
+
+
+# -- The guard
+
+
+WAYS: dict[str, Callable[[Path], object]] = {
+    "public name": lambda folder: torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1),
+    "imported before": lambda folder: init_process_group("gloo", store=HashStore(), rank=0, world_size=1),
+    "imported before, by the environment": lambda folder: init_process_group("gloo"),
+    "imported before, by a file": lambda folder: init_process_group("gloo", f"file://{folder}/x", rank=0, world_size=1),
+    "fake": lambda folder: init_process_group("fake", rank=0, world_size=2),
+    "device mesh": lambda folder: init_device_mesh("cpu", (1,)),
+}
+
+
+@pytest.fixture
+def lonely(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("lonely")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_process_group_is_refused_and_made_again_later(way: str, tmp_path: Path) -> None:
+    with forbid_process_groups():
+        with forbid_process_groups():
+            pass
+        with pytest.raises(CommunicationError, match="branches never communicate"):
+            WAYS[way](tmp_path)
+        assert not torch.distributed.is_initialized()
+    WAYS[way](tmp_path)
+    assert torch.distributed.is_initialized()
+
+
+@pytest.mark.usefixtures("lonely")
+def test_a_further_group_is_refused() -> None:
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    for function in (new_group, torch.distributed.new_group):
+        with forbid_process_groups(), pytest.raises(CommunicationError, match="new_group"):
+            function([0])
+        assert function([0]) is not None
+
+
+def test_an_error_inside_restores_too() -> None:
+    before = [getattr(torch.distributed, name) for name in PUBLIC]
+    with pytest.raises(KeyError), forbid_process_groups():
+        raise KeyError
+    assert [getattr(torch.distributed, name) for name in PUBLIC] == before
+
+
+def test_torch_still_has_the_names_that_are_guarded() -> None:
+    assert all(hasattr(torch.distributed.distributed_c10d, name) for name in (*PUBLIC, *INNER))
+
+
+def test_torch_without_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    before = torch.distributed.init_process_group
+    with forbid_process_groups():
+        assert torch.distributed.init_process_group is before
+
+
+def test_counting_imports_no_torch() -> None:
+    code = "import sys, stl_lightning.traffic; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True)
