@@ -1,7 +1,7 @@
 """A small process that starts the training as its child, and starts it again where a branch failed.
 
-A child that is killed, by the kernel for its memory say, cannot record its own end, and under torchrun it would take its
-siblings down. The supervisor records the end with the last lines of the log, and outlives it.
+A child that is killed, by the kernel for its memory say, cannot record its own end, and under torchrun it would take
+its siblings down. The supervisor records the end with the last lines of the log, and outlives it.
 """
 
 import contextlib
@@ -54,8 +54,9 @@ def supervise(args: Sequence[str], retries: int) -> int:
     Returns the exit code of the last child; under torchrun 0 for a failed branch, as `stl fit` itself.
     """
     pause_s, n_retries = PAUSE_S, 0
+    ways: list[str] = []
     while not leaving.asked():
-        ended = run_child([sys.executable, "-m", "stl_lightning", "fit", *args], retries)
+        ended = run_child([sys.executable, "-m", "stl_lightning", "fit", *args, *ways], retries)
         for paths, branch in ended.branches if ended.has_failed else ():
             record_end(paths, branch, ended)
         if ended.code < 0 and leaving.asked():
@@ -63,6 +64,8 @@ def supervise(args: Sequence[str], retries: int) -> int:
         # Counted here as well: on a full disk a failure cannot be noted.
         if n_retries == retries * len(ended.branches) or not has_retries(ended, retries):
             return _exit_code(ended)
+        if ended.code < 0 and len(ended.branches) > 1 and is_last_chance(ended, retries):
+            ways = ["--run.stack=false"]  # a branch that has its whole process killed is then the only one to fail
         print(f"stl fit: {_how(ended.code)}; trying again in {pause_s:.0f} s", file=sys.stderr, flush=True)
         time.sleep(pause_s)
         pause_s, n_retries = 2 * pause_s, n_retries + 1
@@ -92,6 +95,8 @@ def run_child(command: Sequence[str], retries: int) -> Ended:
             child.send_signal(number)
 
     with leaving.handling(hand_on):
+        if leaving.asked():  # between the start of the child and this line
+            child.terminate()
         child.wait()
     # What the child started, a tracker's service say, may outlive it and hold its pipes open.
     printer.join(LAST_LINES_S)
@@ -157,6 +162,11 @@ def has_retries(ended: Ended, retries: int) -> bool:
         return False
     statuses = [read_status(paths, branch) for paths, branch in ended.branches]
     return any(status.state != "finished" and not _has_failed_too_often(status, retries) for status in statuses)
+
+
+def is_last_chance(ended: Ended, retries: int) -> bool:
+    """Whether one of the child's branches is given up if it fails once more."""
+    return any(read_status(paths, branch).n_failures == retries for paths, branch in ended.branches)
 
 
 def _has_failed_too_often(status: Status, retries: int) -> bool:

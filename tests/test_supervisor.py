@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from stl_lightning.status import Status, read_status, write_status
 from stl_lightning.supervisor import is_given_up, is_orphan, tell_supervisor
 
 root = Path(os.environ["ROOT"])
+(root / "args").write_text(" ".join(sys.argv[1:]))
 run = RunPaths(root)
 branches = [b for b in (0, 1) if not is_given_up(read_status(run.branch(b), b))]
 tell_supervisor(run, branches)
@@ -70,7 +72,7 @@ import sys
 from stl_lightning import leaving, supervisor
 supervisor.PAUSE_S = 0.01
 run_child = supervisor.run_child
-supervisor.run_child = lambda _, retries: run_child([sys.executable, "-c", sys.argv[2]], retries)
+supervisor.run_child = lambda args, retries: run_child([sys.executable, "-c", sys.argv[2], *args[4:]], retries)
 with leaving.listening():
     sys.exit(supervisor.supervise([], int(sys.argv[1])))
 """
@@ -127,6 +129,15 @@ def test_what_fails_too_often_is_given_up_and_takes_nobody_down(
     if fault == "die":
         assert "SIGKILL" in failed.error
     assert status(tmp_path, 1).state == "finished"
+
+
+def test_the_last_try_after_a_kill_trains_one_after_the_other(supervised: Supervised, tmp_path: Path) -> None:
+    """The one that has its process killed is then the only one to fail."""
+    for n_deaths, args in ((1, ""), (2, "--run.stack=false")):
+        process = supervised([["die"] * n_deaths + ["finish"], ["finish"]], STL_JOB=f"{n_deaths}")
+        process.communicate(timeout=30)
+        assert (tmp_path / "args").read_text() == args
+        shutil.rmtree(tmp_path / "branches")
 
 
 def test_another_job_begins_to_count_anew(supervised: Supervised, tmp_path: Path) -> None:

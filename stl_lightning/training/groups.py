@@ -182,8 +182,7 @@ def train_group(group: Sequence[Attempt]) -> Sequence[Attempt]:
         _interrupt(group)
         raise
     except (KeyboardInterrupt, SystemExit) as end:
-        for attempt in group:
-            attempt.end("interrupted")
+        _interrupt(group)
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning makes it an exit with code 1, as of an error
             raise KeyboardInterrupt from end
         raise

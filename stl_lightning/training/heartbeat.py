@@ -94,7 +94,10 @@ class Heartbeat(Callback):
         """Raises: FencedError, or LeaveError that names the signal."""
         if self.fenced is not None:
             raise self.fenced
-        raise LeaveError(f"asked to leave by {leaving.asked()}; saved at step {self.branches[0][1].step}")
+        assert self._trainer is not None, "only a training leaves"
+        for _, status in self.branches:
+            status.step = self._trainer.global_step
+        raise LeaveError(f"asked to leave by {leaving.asked()}; saved at step {self._trainer.global_step}")
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer = trainer
