@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +81,21 @@ Supervised = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def supervised(tmp_path: Path) -> Supervised:
+def supervised(tmp_path: Path) -> Iterator[Supervised]:
+    started: list[subprocess.Popen[str]] = []
+
     def start(plan: list[list[str]], retries: int = 2, **environ: str) -> subprocess.Popen[str]:
         (tmp_path / "plan.json").write_text(json.dumps(plan))
         env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         env |= {"ROOT": str(tmp_path), "PYTHONPATH": str(CHECKOUT)} | environ
         args = [sys.executable, "-c", SUPERVISOR, str(retries), CHILD]
-        return subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started.append(subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return started[-1]
 
-    return start
+    yield start
+    for process in started:  # of a test that failed; its child leaves as an orphan
+        process.kill()
+        process.communicate()
 
 
 def status(root: Path, branch: int) -> Status:
