@@ -1,6 +1,7 @@
 """Checkpoints, one file a branch: written whole or not at all, read without executing them, resumed to the bit."""
 
 import copy
+import errno
 import hashlib
 import math
 import pickle
@@ -139,9 +140,10 @@ def load_checkpoint(path: Path, identity: dict[str, Any] | None = None) -> dict[
             f"refused to load {path}: it holds objects that would execute code when loaded, or is no checkpoint. "
             "Delete it to train the branch again"
         ) from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        # In some files that were cut, torch looks for what would lie before their beginning.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
         raise CheckpointError(f"cannot read {path}: it is truncated or damaged. Delete it to train again") from error
     if identity is not None:
         _check_identity(checkpoint, identity, path)

@@ -39,13 +39,19 @@ class Status:
 
 
 def read_status(paths: BranchPaths, branch: int) -> Status:
-    """Raises: RunError if the file is there but unreadable."""
+    """A branch that had finished and whose best weights were deleted is pending: it is to be trained again.
+
+    Raises: RunError if the file is there but unreadable.
+    """
     if not paths.status.exists():
         return Status(branch)
     try:
-        return Status(**read_json(paths.status))
+        status = Status(**read_json(paths.status))
     except TypeError as error:
         raise RunError(f"{paths.status} is not a status file of this version: {error}. Delete it to go on") from error
+    if status.state == "finished" and not paths.best.exists():
+        status.state = "pending"
+    return status
 
 
 def write_status(paths: BranchPaths, status: Status) -> None:

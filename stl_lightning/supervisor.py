@@ -66,7 +66,8 @@ def supervise(args: Sequence[str], retries: int) -> int:
             return _exit_code(ended)
         if ended.code < 0 and len(ended.branches) > 1 and is_last_chance(ended, retries):
             ways = ["--run.stack=false"]  # a branch that has its whole process killed is then the only one to fail
-        print(f"stl fit: {_how(ended.code)}; trying again in {pause_s:.0f} s", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a disk that is full is one of the reasons to try again
+            print(f"stl fit: {_how(ended.code)}; trying again in {pause_s:.0f} s", file=sys.stderr, flush=True)
         time.sleep(pause_s)
         pause_s, n_retries = 2 * pause_s, n_retries + 1
     return INTERRUPTED
@@ -108,8 +109,9 @@ def run_child(command: Sequence[str], retries: int) -> Ended:
 
 def _print_through(output: IO[bytes], tail: deque[str]) -> None:
     for line in output:
-        sys.stdout.buffer.write(line)
-        sys.stdout.buffer.flush()
+        with contextlib.suppress(OSError):  # such as a full disk: who stops reading stops the child
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
         text = line.decode(errors="replace").rstrip().rpartition("\r")[2]  # of a progress bar, its last state
         if text:
             tail.append(text)

@@ -1,12 +1,14 @@
-"""Shared fixtures: real data sets where they can be found, skipped with the reason otherwise."""
+"""Shared fixtures: real data sets and a real SLURM where they can be had, skipped with the reason otherwise."""
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from cluster import Cluster, Unavailable
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -29,3 +31,14 @@ def real_data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return unpacked
 
     return find
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A running SLURM of four nodes. Who breaks a node mends it (`cluster.reset()`)."""
+    try:
+        started = Cluster().start()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    with contextlib.closing(started):
+        yield started

@@ -231,6 +231,30 @@ def test_the_heart_finds_out_too(branch: BranchPaths) -> None:
             heartbeat.leave()
 
 
+def test_the_heart_beats_on_where_nothing_can_be_written(branch: BranchPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log on the same full disk as the run: to say that a beat was left out fails as well."""
+    from stl_lightning.training import heartbeat
+
+    number, owner = begin_attempt(branch, 3)
+    beaten: list[int] = []
+
+    def cannot_write(*_: object) -> None:
+        beaten.append(1)
+        raise RunError("no space left on device")
+
+    monkeypatch.setattr(heartbeat, "write_status", cannot_write)
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        with heartbeat.Heartbeat([(owner, Status(3, "running", number))], every_s=0.01):
+            deadline = time.monotonic() + 10
+            while len(beaten) < 5 and time.monotonic() < deadline:
+                time.sleep(0.005)
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert len(beaten) >= 5
+
+
 def test_the_end_of_an_attempt_is_written_on_its_behalf(branch: BranchPaths) -> None:
     number, _ = begin_attempt(branch, 3)
     write_status(desk_of(branch, number), Status(3, "failed", number))

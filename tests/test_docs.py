@@ -45,7 +45,7 @@ def test_the_readme_names_every_row(table: str) -> None:
 
 
 def test_results_are_rendered_and_not_typed(record: ModuleType) -> None:
-    blocks = {record.MARKS: record.render(), record.BENCHMARK_MARKS: record.render_benchmarks()}
+    blocks = {(f"<!-- {name} -->\n", f"<!-- end of {name} -->"): render() for name, render in record.BLOCKS.items()}
     for (begin, end), block in blocks.items():
         assert README.split(begin)[1].split(end)[0] == block
 

@@ -63,6 +63,7 @@ with leaving.listening():
         status.state = "failed" if act == "fail" else "finished"
         status.n_failures += act == "fail"
         n_failed += act == "fail"
+        paths.best.touch()
         write_status(paths, status)
 sys.exit(n_failed > 0)
 """
@@ -194,6 +195,21 @@ def test_failures_that_cannot_be_noted_are_counted_too(supervised: Supervised, t
     output, _ = process.communicate(timeout=30)
     assert process.returncode == FAILED
     assert output.count("trying again") <= 2
+
+
+CHATTY = """
+import os, sys
+from stl_lightning.supervisor import run_child
+ended = run_child([sys.executable, "-c", "for i in range(20_000): print('line', i)"], 0)
+os.write(2, b"ended %d" % ended.code)
+"""
+
+
+def test_a_full_disk_for_the_log_does_not_stop_the_child() -> None:
+    with Path("/dev/full").open("w") as full:
+        args = [sys.executable, "-c", CHATTY]
+        done = subprocess.run(args, cwd=CHECKOUT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30)
+    assert "ended 0" in done.stderr
 
 
 @pytest.mark.slow

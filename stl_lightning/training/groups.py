@@ -96,7 +96,7 @@ def train_branches(jobs: Sequence[BranchJob], report: Callable[[BranchJob, Outco
     waiting = []
     for job in jobs:
         status = read_status(job.paths, job.branch)
-        if status.state == "finished" and job.paths.best.exists():
+        if status.state == "finished":
             report(job, "skipped")
         else:
             waiting.append(Attempt(job, status))

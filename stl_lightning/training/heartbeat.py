@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -75,7 +76,8 @@ class Heartbeat(Callback):
                 self.fenced = error
                 return
             except STLError as error:
-                print(f"no heartbeat: {error}", file=sys.stderr, flush=True)
+                with suppress(OSError):  # where the log is on the same full disk
+                    print(f"no heartbeat: {error}", file=sys.stderr, flush=True)
 
     def beat(self) -> None:
         """Raises: FencedError, RunError as `write_status`."""

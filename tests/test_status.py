@@ -1,0 +1,452 @@
+"""`stl status`: SLURM's answers in both formats, the judgement of a branch, damaged files, and how fast it answers."""
+
+import json
+import os
+import resource
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stl_lightning.__main__ import main
+from stl_lightning.attempts import process_started
+from stl_lightning.errors import RunError
+from stl_lightning.exits import DONE, FAILED, UNFINISHED
+from stl_lightning.launch.compose import as_ranges, from_ranges
+from stl_lightning.launch.judge import judge
+from stl_lightning.launch.record import Launch, Process, write_launch
+from stl_lightning.launch.slurm import Job, ask_queue, read_queue
+from stl_lightning.launch.state import read_run_state
+from stl_lightning.paths import RunPaths, write_json
+from stl_lightning.status import LOST_AFTER_S, Status, write_status
+
+STALE, FRESH = LOST_AFTER_S + 1, 1.0
+NOW_S = 1_000_000.0
+FakeCommand = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCommand:
+    """`fake("squeue", SCRIPT)` puts a shell script of that name first on PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def write(name: str, script: str) -> Path:
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nothing").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+
+
+# --- SLURM's answers
+
+
+def row_22(job_id: int, state: str, array: int = 0, task: int | None = None, tasks: str = "") -> dict[str, Any]:
+    """A job as SLURM 22.05 writes it: words and bare numbers, 0 for what is not set."""
+    return {
+        "job_id": job_id,
+        "array_job_id": array,
+        "array_task_id": task,
+        "array_task_string": tasks,
+        "job_state": state,
+        "time_limit": 60,
+        "start_time": 1000 if state == "RUNNING" else 0,
+        "end_time": 4600 if state == "RUNNING" else 0,
+    }
+
+
+def as_row_23(row: dict[str, Any]) -> dict[str, Any]:
+    """The same job since SLURM 23.02: a list of states, and numbers that say whether they are set."""
+
+    def number(value: int | None, unset: object = 0) -> dict[str, Any]:
+        return {"set": value is not None and value != unset, "infinite": False, "number": value or 0}
+
+    numbers = {name: number(row[name]) for name in ("array_job_id", "time_limit", "start_time", "end_time")}
+    task = {"array_task_id": number(row["array_task_id"], unset=None)}
+    return row | numbers | task | {"job_state": [row["job_state"]]}
+
+
+ROWS = [
+    row_22(20, "RUNNING", array=17, task=0),
+    row_22(21, "CANCELLED", array=17, task=1),
+    row_22(17, "PENDING", array=17, tasks="2-3,8%2"),
+    row_22(18, "PENDING"),
+    row_22(19, "COMPLETED"),
+]
+NAMES = {"17_0": "running", "17_1": "over", "17_2": "waiting", "17_3": "waiting", "17_8": "waiting"}
+NAMES |= {"18": "waiting", "19": "over"}
+
+
+@pytest.mark.parametrize("convert", [lambda row: row, as_row_23], ids=["22.05", "23.02"])
+def test_both_formats_of_squeue_say_the_same(convert: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    jobs = {job.id: job for job in read_queue(json.dumps({"jobs": [convert(row) for row in ROWS]}))}
+    assert {name: job.state for name, job in jobs.items()} == NAMES
+    assert jobs["17_0"] == Job("17_0", "running", "RUNNING", 3600.0, 1000, 4600)
+    assert jobs["18"].limit_s == 3600.0
+    assert jobs["18"].end_s is None
+
+
+@pytest.mark.parametrize(
+    ("states", "state"),
+    [
+        (["RUNNING", "COMPLETING"], "running"),
+        (["CANCELLED", "COMPLETING"], "over"),
+        (["PENDING", "REQUEUED"], "waiting"),
+        (["NODE_FAIL", "REQUEUE_HOLD"], "waiting"),
+    ],
+)
+def test_a_state_of_several_words(states: list[str], state: str) -> None:
+    (job,) = read_queue(json.dumps({"jobs": [as_row_23(row_22(17, "RUNNING")) | {"job_state": states}]}))
+    assert job.state == state
+
+
+@pytest.mark.parametrize("unlimited", [4294967295, {"set": True, "infinite": True, "number": 0}, None])
+def test_a_job_without_a_time_limit(unlimited: object) -> None:
+    (job,) = read_queue(json.dumps({"jobs": [row_22(17, "RUNNING") | {"time_limit": unlimited}]}))
+    assert job.limit_s is None
+
+
+def test_squeue_is_asked_once_for_the_jobs_and_nothing_else_is_believed(fake: FakeCommand, tmp_path: Path) -> None:
+    (tmp_path / "queue.json").write_text(json.dumps({"jobs": ROWS}))
+    fake("squeue", f'echo "$@" >> {tmp_path}/asked; cat {tmp_path}/queue.json')
+    queue = ask_queue(["17_0", "17_1", "18"])
+    assert (tmp_path / "asked").read_text() == "--json --states=all --jobs=17,18\n"
+    assert set(queue.jobs) == set(NAMES) - {"19"}
+    assert queue.problem is None
+
+
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        ("sleep 60", "did not answer within 0.2 s"),
+        ("echo no controller >&2; exit 1", "squeue failed: no controller"),
+        ("echo '<html>'", "not understood"),
+        ("echo '{\"jobs\": [{}]}'", "not understood"),
+    ],
+)
+def test_a_squeue_that_does_not_work_is_a_problem_and_no_error(
+    script: str, problem: str, fake: FakeCommand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stl_lightning.launch.slurm.ANSWER_S", 0.2)
+    fake("squeue", f"exec {script}" if script.startswith("sleep") else script)
+    found = ask_queue(["17"]).problem
+    assert found is not None
+    assert problem in found
+
+
+def test_a_forgotten_job_is_no_problem(fake: FakeCommand) -> None:
+    fake("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    queue = ask_queue(["17"])
+    assert (queue.jobs, queue.problem) == ({}, None)
+
+
+@pytest.mark.usefixtures("no_slurm")
+def test_without_squeue_it_is_said_so() -> None:
+    assert ask_queue(["17"]).problem == "there is no squeue on PATH"
+    assert ask_queue([]).problem is None
+
+
+@pytest.mark.parametrize("numbers", [[3, 7, 8, 9], [0], list(range(1024)), [0, 2, 4], [5, 6]])
+def test_ranges_and_their_inverse(numbers: list[int]) -> None:
+    assert from_ranges(as_ranges(numbers)) == numbers
+
+
+def test_ranges_as_slurm_writes_them() -> None:
+    assert from_ranges("[0-8:4,11%2]") == [0, 4, 8, 11]
+    assert from_ranges("1,3,...") == [1, 3]
+
+
+# --- the judgement of one branch
+
+RUNS = Job("17_3", "running", start_s=NOW_S - 500)
+WAITS = Job("17_3", "waiting")
+OVER = Job("17_3", "over")
+NEW_TASK = Job("23_3", "running", start_s=NOW_S - 5)
+OF_ALL = Job("17", "running", start_s=NOW_S - 500)
+
+
+@pytest.mark.parametrize(
+    ("state", "age_s", "is_gone", "jobs", "n_failures", "judged"),
+    [
+        ("pending", 0, False, [], 0, "pending"),
+        ("pending", 0, False, [WAITS], 0, "queued"),
+        ("pending", 0, False, [replace(RUNS, id="17_4")], 0, "queued"),  # its job has begun, the branch has not
+        ("pending", 0, False, [OVER], 0, "pending"),
+        ("running", FRESH, False, [], 0, "running"),  # SLURM has forgotten the job: the file tells
+        ("running", FRESH, False, [RUNS], 0, "running"),
+        ("running", STALE, False, [], 0, "lost"),
+        ("running", STALE, False, [RUNS], 0, "lost"),
+        ("running", FRESH, True, [], 0, "lost"),
+        ("running", FRESH, False, [OVER], 0, "lost"),  # the job has ended, and the process with it
+        ("running", FRESH, False, [WAITS], 0, "queued"),  # requeued
+        ("running", STALE, False, [WAITS], 0, "queued"),
+        ("running", STALE, False, [replace(RUNS, start_s=NOW_S - 5)], 0, "queued"),  # requeued, and starting
+        ("running", STALE, False, [OVER, NEW_TASK], 0, "queued"),  # resubmitted
+        ("interrupted", STALE, False, [], 0, "interrupted"),
+        ("interrupted", STALE, False, [WAITS], 0, "queued"),
+        ("interrupted", FRESH, False, [RUNS], 0, "queued"),
+        ("failed", STALE, False, [], 1, "failed"),
+        ("failed", FRESH, False, [RUNS], 1, "queued"),  # its job tries again
+        ("failed", FRESH, False, [RUNS], 3, "failed"),  # no more
+        ("failed", FRESH, False, [RUNS, NEW_TASK], 3, "queued"),
+        ("finished", STALE, True, [WAITS], 0, "finished"),
+    ],
+)
+def test_the_judgement_of_a_branch(
+    state: Any, age_s: float, is_gone: bool, jobs: Sequence[Job], n_failures: int, judged: str
+) -> None:
+    status = Status(3, state, job="17_3", n_failures=n_failures)
+    assert judge(status, age_s, is_gone, jobs, retries=2, now_s=NOW_S) == judged
+
+
+def test_a_branch_that_failed_in_a_job_of_many_stays_failed_while_its_siblings_run() -> None:
+    status = Status(3, "failed", job="17", n_failures=3)
+    assert judge(status, FRESH, False, [OF_ALL], retries=2, now_s=NOW_S) == "failed"
+    assert judge(status, FRESH, False, [replace(OF_ALL, state="waiting")], retries=2, now_s=NOW_S) == "queued"
+
+
+# --- runs on disk
+
+
+def a_run(folder: Path, statuses: Sequence[Status | None], launch: Launch | None = None) -> RunPaths:
+    """A run directory with a status file for each branch, as its owners would have left it."""
+    paths = RunPaths(folder)
+    write_json(paths.run_json, {"id": "a", "hash": "b", "settings": {"n_branches": len(statuses)}})
+    for branch, status in enumerate(statuses):
+        if status is not None:
+            write_status(paths.branch(branch), replace(status, branch=branch, attempt=1))
+            paths.branch(branch).best.touch()
+    if launch is not None:
+        write_launch(paths, launch)
+    return paths
+
+
+def make_old(paths: RunPaths, branch: int, age_s: float = STALE) -> None:
+    """By the clock of the file system, whatever the one of the owner said."""
+    then = time.time() - age_s
+    os.utime(paths.branch(branch).status, (then, then))
+
+
+def elsewhere(state: Any, **fields: Any) -> Status:
+    return Status(0, state, host="another", **fields)
+
+
+STATES = {
+    "complete": ([elsewhere("finished")] * 2, DONE),
+    "running": ([elsewhere("finished"), elsewhere("running")], UNFINISHED),
+    "not begun": ([elsewhere("finished"), None], UNFINISHED),
+    "interrupted": ([elsewhere("finished"), elsewhere("interrupted")], UNFINISHED),
+    "failed": ([elsewhere("running"), elsewhere("failed", error="Traceback\nValueError: of me")], FAILED),
+    "process gone": ([elsewhere("finished"), Status(0, "running", pid=2**22 + 1)], FAILED),
+    "process lives": ([elsewhere("finished"), Status(0, "running")], UNFINISHED),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_the_exit_code_says_it_for_all_branches(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_slurm: None
+) -> None:
+    statuses, code = STATES[name]
+    paths = a_run(tmp_path / "run", statuses)
+    assert main(["status", str(paths.folder)]) == code
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) >= 1 + len(statuses) + 1
+    assert main(["status", str(paths.folder), "--json"]) == code
+    rows = json.loads(capsys.readouterr().out)["branches"]
+    for line, row in zip(printed[1:], rows, strict=False):
+        assert line.split()[:2] == [str(row["branch"]), row["state"]]
+
+
+def test_a_failed_branch_shows_the_last_line_of_its_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = a_run(tmp_path / "run", STATES["failed"][0])
+    main(["status", str(paths.folder)])
+    assert "branch 1: ValueError: of me" in capsys.readouterr().out.splitlines()
+
+
+def test_ages_are_by_the_clock_of_the_file_system(tmp_path: Path) -> None:
+    """A host whose clock is an hour off is neither lost nor alive because of that."""
+    statuses = [elsewhere("running", heartbeat=time.time() - 3600), elsewhere("running", heartbeat=time.time() + 3600)]
+    paths = a_run(tmp_path / "run", statuses)
+    make_old(paths, 1)
+    assert [report.state for report in read_run_state(paths).branches] == ["running", "lost"]
+
+
+@pytest.mark.parametrize("content", ["", '{"branch": 1, "sta', "[]", '{"branch": 1, "colour": 3}', "\udcff"])
+def test_an_unreadable_file_is_that_of_one_branch(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = a_run(tmp_path / "run", [elsewhere("finished")] * 3)
+    paths.branch(1).status.write_text(content, errors="surrogateescape")
+    assert main(["status", str(paths.folder)]) == FAILED
+    printed = capsys.readouterr().out
+    assert [line.split()[1] for line in printed.splitlines()[1:4]] == ["finished", "unreadable", "finished"]
+    assert str(paths.branch(1).status) in printed
+    assert "Delete it" in printed
+
+
+def test_time_left_is_by_the_last_epoch_and_by_the_job(fake: FakeCommand, tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text(json.dumps({"jobs": [row_22(17, "RUNNING") | {"end_time": time.time() + 600}]}))
+    fake("squeue", f"cat {tmp_path}/q.json")
+    paths = a_run(tmp_path / "run", [elsewhere("running", epoch=10, n_epochs=30, epoch_s=2.5, job="17")])
+    (report,) = read_run_state(paths).branches
+    assert report.left_s == 50.0
+    assert report.job_left_s == pytest.approx(600, abs=5)
+
+
+def test_what_is_launched_and_not_begun_is_queued(fake: FakeCommand, tmp_path: Path) -> None:
+    """Before the first rank has come there is no run.json, and a record of the launch alone."""
+    (tmp_path / "q.json").write_text(json.dumps({"jobs": [row_22(17, "PENDING", array=17, tasks="0-1")]}))
+    fake("squeue", f"cat {tmp_path}/q.json")
+    paths = RunPaths(tmp_path / "run")
+    write_launch(paths, Launch("array", "c.yaml", n_branches=2, branches=[0, 1], jobs={"branches": "17"}))
+    state = read_run_state(paths)
+    assert [(report.state, report.job) for report in state.branches] == [("queued", "17_0"), ("queued", "17_1")]
+    assert state.exit_code == UNFINISHED
+
+
+def test_an_array_of_another_size_than_the_run(fake: FakeCommand, tmp_path: Path) -> None:
+    """Tasks that have no branch are left out; branches without a task are still to be launched."""
+    rows = [row_22(17, "PENDING", array=17, tasks="0-9")]
+    (tmp_path / "q.json").write_text(json.dumps({"jobs": rows}))
+    fake("squeue", f"cat {tmp_path}/q.json")
+    launch = Launch("array", "c.yaml", n_branches=10, branches=[0, *range(2, 10)], jobs={"branches": "17"})
+    paths = a_run(tmp_path / "run", [None, None], launch)
+    assert [report.state for report in read_run_state(paths).branches] == ["queued", "pending"]
+
+
+def test_forgotten_jobs_are_named_and_judged_by_their_files(fake: FakeCommand, tmp_path: Path) -> None:
+    fake("squeue", "echo '{\"jobs\": []}'")
+    launch = Launch("array", "c.yaml", n_branches=2, branches=[0, 1], jobs={"branches": "17"})
+    paths = a_run(tmp_path / "run", [elsewhere("running", job="17_0"), elsewhere("running", job="17_1")], launch)
+    make_old(paths, 1)
+    state = read_run_state(paths)
+    assert [report.state for report in state.branches] == ["running", "lost"]
+    assert state.notes == ["SLURM has forgotten job 17: its branches are judged by their files"]
+
+
+def test_jobs_that_ended_before_a_branch_began_are_named(fake: FakeCommand, tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text(json.dumps({"jobs": [row_22(20, "FAILED", array=17, task=b) for b in (0, 1, 2)]}))
+    fake("squeue", f"cat {tmp_path}/q.json")
+    launch = Launch("array", "c.yaml", n_branches=3, branches=[0, 1, 2], jobs={"branches": "17"})
+    state = read_run_state(a_run(tmp_path / "run", [None, elsewhere("finished"), None], launch))
+    assert [report.state for report in state.branches] == ["pending", "finished", "pending"]
+    assert state.notes == [f"job 17 ended before branches 0,2 began: {state.paths.logs} says why"]
+
+
+def test_a_run_of_this_machine_is_queued_as_long_as_its_launcher_lives(tmp_path: Path) -> None:
+    def launched(launcher: Process) -> RunPaths:
+        jobs = {"branches": "local-1-2"}
+        launch = Launch("local", "c.yaml", n_branches=2, branches=[0, 1], jobs=jobs, launcher=launcher, n_workers=1)
+        return a_run(tmp_path / str(launcher.pid), [elsewhere("finished"), None], launch)
+
+    me, gone = Process.of(os.getpid()), Process(os.getpid(), (process_started(os.getpid()) or 0) - 1)
+    assert read_run_state(launched(me)).branches[1].state == "queued"
+    paths = launched(replace(gone, pid=os.getppid()))  # a number that is used again
+    assert read_run_state(paths).branches[1].state == "pending"
+
+
+def test_the_ensemble_is_part_of_what_was_launched(fake: FakeCommand, tmp_path: Path) -> None:
+    queue = tmp_path / "q.json"
+    fake("squeue", f"cat {queue}")
+    jobs = {"branches": "17", "ensemble": "18"}
+    launch = Launch("array", "c.yaml", n_branches=1, branches=[0], jobs=jobs)
+    paths = a_run(tmp_path / "run", [elsewhere("finished")], launch)
+    for rows, ensemble, code in (
+        ([row_22(18, "PENDING")], "queued", UNFINISHED),
+        ([row_22(18, "FAILED")], "missing", FAILED),
+    ):
+        queue.write_text(json.dumps({"jobs": rows}))
+        state = read_run_state(paths)
+        assert (state.ensemble, state.exit_code) == (ensemble, code)
+    write_json(paths.results, {})
+    assert (read_run_state(paths).ensemble, read_run_state(paths).exit_code) == ("made", DONE)
+    make_old(paths, 0, 10)
+    os.utime(paths.results, (time.time() - 20, time.time() - 20))
+    assert (read_run_state(paths).ensemble, read_run_state(paths).exit_code) == ("outdated", FAILED)
+
+
+def test_watching_ends_when_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = a_run(tmp_path / "run", [elsewhere("running")])
+    make_old(paths, 0, LOST_AFTER_S - 1.0)
+    assert main(["status", str(paths.folder), "--watch", "0.2"]) == FAILED
+    printed = capsys.readouterr().out
+    assert printed.count("heartbeat") > 1
+    assert "1 running" in printed
+    assert "1 lost" in printed
+
+
+@pytest.mark.parametrize("command", ["status", "resubmit", "cancel"])
+def test_a_folder_that_is_no_run(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, str(tmp_path)]) == 2
+    assert f"{tmp_path} is not a run directory" in capsys.readouterr().err
+
+
+def test_a_damaged_launch_file_hides_no_branch(tmp_path: Path) -> None:
+    paths = a_run(tmp_path / "run", [elsewhere("running")])
+    paths.launch.write_text('[{"method": "array"')
+    state = read_run_state(paths)
+    assert [report.state for report in state.branches] == ["running"]
+    assert str(paths.launch) in state.notes[0]
+
+
+def test_a_damaged_run_file(tmp_path: Path) -> None:
+    paths = a_run(tmp_path / "run", [])
+    write_json(paths.run_json, {"id": "a", "hash": "b", "settings": {}})
+    with pytest.raises(RunError, match="number of branches"):
+        read_run_state(paths)
+
+
+# --- speed
+
+N_BRANCHES = 1024
+CPU_S = 0.5  # the wall clock of a machine that others use says little
+
+
+def test_a_thousand_branches_in_under_half_a_second(fake: FakeCommand, tmp_path: Path) -> None:
+    """All running, each in an array task of its own, start-up of Python included."""
+    paths = RunPaths(tmp_path / "run")
+    write_json(paths.run_json, {"id": "a", "hash": "b", "settings": {"n_branches": N_BRANCHES}})
+    for branch in range(N_BRANCHES):
+        status = elsewhere("running", epoch=1, n_epochs=3, epoch_s=2.0, loss=0.5, job=f"17_{branch}")
+        of_branch = paths.branch(branch)
+        of_branch.folder.mkdir(parents=True)
+        of_branch.status.write_text(json.dumps(asdict(replace(status, branch=branch, attempt=1))))
+    branches = list(range(N_BRANCHES))
+    write_launch(paths, Launch("array", "c.yaml", n_branches=N_BRANCHES, branches=branches, jobs={"branches": "17"}))
+    rows = [row_22(100 + branch, "RUNNING", array=17, task=branch) | {"x": "y" * 2500} for branch in branches]
+    (tmp_path / "q.json").write_text(json.dumps({"jobs": rows}))
+    fake("squeue", f"exec cat {tmp_path}/q.json")
+
+    def cpu_s() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        args = [sys.executable, "-m", "stl_lightning", "status", str(paths.folder)]
+        done = subprocess.run(args, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == UNFINISHED, done.stderr
+        assert len(done.stdout.splitlines()) == N_BRANCHES + 2
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(cpu_s() for _ in range(3)) < CPU_S
+
+
+def test_status_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; import stl_lightning.__main__, stl_lightning.cli.status, stl_lightning.cli.launch;"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'numpy', 'rich', 'yaml')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,1 @@
+"""What training sends over a network, measured between network namespaces; see `tools/network`."""
