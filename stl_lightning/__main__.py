@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from stl_lightning import leaving
 from stl_lightning.errors import FencedError, LeaveError, STLError
-from stl_lightning.exits import DONE, FENCED, INTERRUPTED, REFUSED
+from stl_lightning.exits import DONE, FAILED, FENCED, INTERRUPTED, REFUSED
 
 # name -> (module of the package `cli` that holds a function of that name, what it does)
 COMMANDS = {
@@ -70,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return REFUSED
     except BrokenPipeError:  # `stl completion bash | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it when it ends)
-        return DONE
+        return FAILED if name in TRAINING else DONE
     except KeyboardInterrupt:
         print(f"stl {name}: interrupted; the same command resumes", file=sys.stderr)
         return 130

@@ -1,33 +1,39 @@
 """Attempts at a branch are numbered, and the newest owns it: the fence against a process on a node that was given up.
 
 `branches/NN/attempts/0003/` is the desk of attempt 3, through which it writes (`BranchPaths.write`). Who makes the
-folder has the number, since only one of several can. A newer attempt renames the older desks to `0003.ended` and
-empties them before it reads a checkpoint. No clock and no lock takes part, so it holds on network drives too.
+folder has the number, since only one of several can. A newer attempt removes the older desks before it reads a
+checkpoint: renames them, so that nothing is found at the path, then empties and deletes them, so that nothing can be
+made or renamed there by who holds the folder open. No clock and no lock takes part, so it holds on network drives too.
 """
 
+import contextlib
 import os
-import shutil
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stl_lightning.errors import RunError
+from stl_lightning import leaving
+from stl_lightning.errors import LeaveError, RunError
 from stl_lightning.paths import BranchPaths, read_json, write_json
 from stl_lightning.ranks import job_id, was_requeued
 from stl_lightning.status import HEARTBEAT_S, LOST_AFTER_S, Status, read_status
 
 ENDED = ".ended"
+N_TRIES = 100
 OWNER = "owner.json"
 
 
-def begin_attempt(paths: BranchPaths, branch: int) -> tuple[int, BranchPaths]:
+def begin_attempt(paths: BranchPaths, branch: int, lost: int | None = None) -> tuple[int, BranchPaths]:
     """Take the next number and its desk; returns the number, and the paths to write through.
 
+    `lost` is the number of an attempt that `refuse_owned` has found lost, and is not waited for again.
     Raises: RunError if the branch is in training elsewhere (who, where, since when), or nothing can be written.
     """
-    refuse_if_owned(paths, branch)
+    if lost is None or read_status(paths, branch).attempt != lost:
+        refuse_owned([(paths, branch)])
     number = 1 + max(attempt_numbers(paths), default=0)
     desk = paths.attempts / f"{number:04d}"
     try:
@@ -39,7 +45,7 @@ def begin_attempt(paths: BranchPaths, branch: int) -> tuple[int, BranchPaths]:
         raise RunError(f"cannot write {desk}: {error}. Choose another `run.root`, or free the disk") from error
     write_json(desk / OWNER, own_identity(), desk)
     for old in sorted(paths.attempts.iterdir()):
-        if old.suffix != ENDED and old.name < desk.name:
+        if old.name < desk.name:
             _retire(old)
     return number, replace(paths, desk=desk)
 
@@ -61,27 +67,42 @@ def attempt_numbers(paths: BranchPaths) -> list[int]:
     return sorted(int(stem) for stem in stems if stem.isdigit())
 
 
-def refuse_if_owned(paths: BranchPaths, branch: int) -> None:
-    """Raises: RunError if a process that lives trains this branch.
+def refuse_owned(branches: Sequence[tuple[BranchPaths, int]]) -> dict[int, int]:
+    """Find out whether a process that lives trains one of these branches; the numbers of the attempts that are lost.
 
-    On this host, the process itself tells. On another, a beat of its heart, which is waited for; if none comes within
-    `LOST_AFTER_S`, the branch is taken over. A job that the scheduler has requeued need not wait.
+    On this host, the process itself tells. On another, a beat of its heart, which is waited for, once for all
+    branches; if none comes within `LOST_AFTER_S`, the branch may be taken over. A job that the scheduler has requeued
+    need not wait for itself.
+    Raises: RunError that names the owner; LeaveError if asked to leave meanwhile.
     """
-    status = read_status(paths, branch)
-    if status.state != "running" or (status.pid == os.getpid() and status.host == socket.gethostname()):
-        return
-    if status.host == socket.gethostname():
-        lives = is_alive(paths, status)
-    else:
-        is_mine = status.job is not None and status.job == job_id() and was_requeued()
-        lives = not is_mine and _beats(paths)
-    if lives:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
-        job = f", job {status.job}" if status.job else ""
-        raise RunError(
-            f"branch {branch} in {paths.folder} is in training by process {status.pid} on {status.host}{job} "
-            f"since {since}; wait for it, or end it first"
-        )
+    silent = {}
+    for paths, branch in branches:
+        try:
+            status = read_status(paths, branch)
+        except RunError:
+            continue  # of this branch alone, which says so when its turn comes
+        if status.state != "running" or _is_own(status):
+            continue
+        if status.host == socket.gethostname():
+            if is_alive(paths, status):
+                raise _owned(paths, status)
+        elif status.job is None or status.job != job_id() or not was_requeued():
+            silent[branch] = paths, status
+    _wait_for_beats(list(silent.values()))
+    return {branch: status.attempt for branch, (_, status) in silent.items()}
+
+
+def _is_own(status: Status) -> bool:
+    return status.pid == os.getpid() and status.host == socket.gethostname()
+
+
+def _owned(paths: BranchPaths, status: Status) -> RunError:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.started))
+    job = f", job {status.job}" if status.job else ""
+    return RunError(
+        f"branch {status.branch} in {paths.folder} is in training by process {status.pid} on {status.host}{job} "
+        f"since {since}; wait for it, or end it first"
+    )
 
 
 def is_alive(paths: BranchPaths, status: Status) -> bool:
@@ -89,29 +110,57 @@ def is_alive(paths: BranchPaths, status: Status) -> bool:
     started = process_started(status.pid)
     if started is None:
         return False
-    owner = paths.attempts / f"{status.attempt:04d}" / OWNER
-    return not owner.exists() or read_json(owner).get("pid_started") in (None, started)
+    return owner_started(paths, status.attempt) in (None, started) or started == 0
+
+
+def owner_started(paths: BranchPaths, number: int) -> int | None:
+    """When the process of an attempt began, as `process_started` says it; None if that is not known."""
+    owner = paths.attempts / f"{number:04d}" / OWNER
+    return read_json(owner).get("pid_started") if owner.exists() else None
 
 
 def process_started(pid: int) -> int | None:
-    """When a process of this host began (clock ticks since boot); None if there is none."""
+    """When a process of this host began (clock ticks since boot); 0 if the system hides it, None if there is none."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
+        return _exists(pid)
     return None if after_name[0] == "Z" else int(after_name[19])  # a zombie has ended
 
 
-def _beats(paths: BranchPaths) -> bool:
-    """Whether `status.json` is written again within the time after which its owner counts as lost."""
-    seen = paths.status.stat().st_mtime_ns
+def _exists(pid: int) -> int | None:
+    """Where there is no /proc, or not for this user: 0 if there is such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass  # another user's
+    return 0
+
+
+def _wait_for_beats(silent: Sequence[tuple[BranchPaths, Status]]) -> None:
+    """Raises: RunError once one of these is written again; LeaveError if asked to leave."""
+    if not silent:
+        return
+    numbers = ", ".join(str(status.branch) for _, status in silent)
+    print(f"waiting up to {LOST_AFTER_S:.0f} s for a sign of life of the last owners of {numbers}", flush=True)
+    seen = [_last_beat(paths) for paths, _ in silent]
     deadline = time.monotonic() + LOST_AFTER_S
-    print(f"{paths.folder}: waiting up to {LOST_AFTER_S:.0f} s for a sign of life of its last owner", flush=True)
     while time.monotonic() < deadline:
         time.sleep(HEARTBEAT_S / 10)
-        if paths.status.stat().st_mtime_ns != seen:
-            return True
-    return False
+        if leaving.asked():
+            raise LeaveError(f"asked to leave by {leaving.asked()}, before the first step")
+        for (paths, status), before in zip(silent, seen, strict=True):
+            if _last_beat(paths) != before:
+                raise _owned(paths, status)
+
+
+def _last_beat(paths: BranchPaths) -> tuple[int, int]:
+    """Which file it is and when it was written. It is opened, since a network drive may answer from its memory."""
+    with paths.status.open("rb") as file:
+        found = os.fstat(file.fileno())
+    return found.st_ino, found.st_mtime_ns
 
 
 def _owner(desk: Path) -> str:
@@ -122,14 +171,19 @@ def _owner(desk: Path) -> str:
 
 
 def _retire(desk: Path) -> None:
-    """End an attempt. The rename is the fence; where a client of a network drive caches it, emptying the folder is."""
-    ended = desk.with_name(desk.name + ENDED)
+    """Remove the desk of an older attempt, whatever that still puts there meanwhile."""
+    ended = desk if desk.suffix == ENDED else desk.with_name(desk.name + ENDED)
     try:
-        desk.rename(ended)
-        for entry in ended.iterdir():
-            if entry.name != OWNER:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if desk != ended:
+            desk.rename(ended)
+        for _ in range(N_TRIES):
+            for entry in ended.iterdir():
+                entry.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty any more: the old attempt was at work
+                ended.rmdir()
+                return
     except FileNotFoundError:
-        pass  # another process retired it
+        return  # another process retired it
     except OSError as error:
         raise RunError(f"cannot take over from the attempt in {desk}: {error}") from error
+    raise RunError(f"cannot take over from the attempt in {desk}: it goes on writing; try again")

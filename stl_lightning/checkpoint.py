@@ -86,11 +86,21 @@ def take_apart(checkpoint: dict[str, Any], i: int) -> dict[str, Any]:
 
 
 def put_together(checkpoints: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The checkpoint of branches that go on together from the same step."""
+    """The checkpoint of branches that go on together from the same step.
+
+    Raises: CheckpointError if they are at different steps, as after another process has written one of them meanwhile.
+    """
     first = checkpoints[0]
+    if any(progress(checkpoint) != progress(first) for checkpoint in checkpoints):
+        raise CheckpointError("the branches' checkpoints are of different steps")
     if len(checkpoints) == 1:
         return first
     return first | {key: PARTS[key].together([of[key] for of in checkpoints]) for key in first if key in PARTS}
+
+
+def progress(checkpoint: dict[str, Any]) -> tuple[int, Any]:
+    """How far the training is: branches at which this is equal can go on together."""
+    return checkpoint["global_step"], checkpoint["loops"]["fit_loop"]["state_dict"]
 
 
 @dataclass(frozen=True)

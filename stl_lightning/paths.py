@@ -165,7 +165,7 @@ def _moved(temporary: Path, path: Path, inode: int, is_last_try: bool) -> bool:
     except OSError as error:
         if path.exists() and path.stat().st_ino == inode:
             return True
-        if is_last_try or error.errno not in (errno.ESTALE, errno.EIO, errno.ENOENT) or not temporary.parent.exists():
+        if is_last_try or error.errno not in (errno.ESTALE, errno.EIO):
             raise
         return False
     return True

@@ -47,8 +47,9 @@ def read_status(paths: BranchPaths, branch: int) -> Status:
         return Status(branch)
     try:
         status = Status(**read_json(paths.status))
-    except TypeError as error:
-        raise RunError(f"{paths.status} is not a status file of this version: {error}. Delete it to go on") from error
+    except (TypeError, RunError) as error:
+        what = "Delete it: the branch goes on from its checkpoint"
+        raise RunError(f"{paths.status} is not a status file of this version: {error}. {what}") from error
     if status.state == "finished" and not paths.best.exists():
         status.state = "pending"
     return status

@@ -8,18 +8,19 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 from stl_lightning import leaving
-from stl_lightning.attempts import desk_of
+from stl_lightning.attempts import begin_attempt, desk_of, owner_started, process_started
 from stl_lightning.errors import STLError
 from stl_lightning.exits import DONE, FAILED, INTERRUPTED
 from stl_lightning.paths import BranchPaths, RunPaths
@@ -31,7 +32,7 @@ PIPE = "STL_SUPERVISOR_FD"  # through which the child says which branches it tra
 RETRIES = "STL_RETRIES"
 SUPERVISOR = "STL_SUPERVISOR"  # its process number
 LAST_LINES_S = 5.0  # for what a child that has ended printed
-PAUSE_S = 1.0  # before the first retry; doubled with each
+PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # before the first retry; doubled with each
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Ended:
     """How a child ended: its exit code (negative: the signal), what it trained, the last lines it printed."""
 
     pid: int
+    started: int | None  # as `attempts.process_started` says it
     code: int
     branches: list[tuple[BranchPaths, int]] = field(default_factory=list)
     log_tail: list[str] = field(default_factory=list)
@@ -51,26 +53,36 @@ class Ended:
 def supervise(args: Sequence[str], retries: int) -> int:
     """Run `stl fit ARGS` until its branches have finished, or failed once more often than `retries`, each by itself.
 
-    Returns the exit code of the last child; under torchrun 0 for a failed branch, as `stl fit` itself.
+    Returns the exit code of the last child; under torchrun, which would end the other ranks, 0 for one that failed.
     """
-    pause_s, n_retries = PAUSE_S, 0
+    if job_id() is None:
+        os.environ["STL_JOB"] = f"fit-{os.getpid()}-{int(time.time())}"  # failures are counted by job
+    pause_s, n_starts, n_branches = PAUSE_S, 0, 1
     ways: list[str] = []
     while not leaving.asked():
         ended = run_child([sys.executable, "-m", "stl_lightning", "fit", *args, *ways], retries)
-        for paths, branch in ended.branches if ended.has_failed else ():
-            record_end(paths, branch, ended)
+        n_starts, n_branches = n_starts + 1, max(n_branches, len(ended.branches))
+        if ended.has_failed:
+            record_end(ended)
         if ended.code < 0 and leaving.asked():
             break  # it was not able to save any more
-        # Counted here as well: on a full disk a failure cannot be noted.
-        if n_retries == retries * len(ended.branches) or not has_retries(ended, retries):
+        # Starts are counted as well: on a full disk a failure cannot be noted.
+        if n_starts > retries * n_branches or not has_retries(ended, retries):
             return _exit_code(ended)
         if ended.code < 0 and len(ended.branches) > 1 and is_last_chance(ended, retries):
             ways = ["--run.stack=false"]  # a branch that has its whole process killed is then the only one to fail
         with contextlib.suppress(OSError):  # a disk that is full is one of the reasons to try again
             print(f"stl fit: {_how(ended.code)}; trying again in {pause_s:.0f} s", file=sys.stderr, flush=True)
-        time.sleep(pause_s)
-        pause_s, n_retries = 2 * pause_s, n_retries + 1
+        _pause(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
     return INTERRUPTED
+
+
+def _pause(seconds: float) -> None:
+    """Sleep, but not through a signal: `time.sleep` would go on after it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not leaving.asked():
+        time.sleep(min(0.1, seconds))
 
 
 def run_child(command: Sequence[str], retries: int) -> Ended:
@@ -84,6 +96,7 @@ def run_child(command: Sequence[str], retries: int) -> Ended:
         stderr=subprocess.STDOUT,
     )
     os.close(write_end)
+    started = process_started(child.pid)
     assert child.stdout is not None, "it was asked for"
     tail: deque[str] = deque(maxlen=N_LOG_LINES)
     printer = threading.Thread(target=_print_through, args=(child.stdout, tail), daemon=True)
@@ -103,8 +116,8 @@ def run_child(command: Sequence[str], retries: int) -> Ended:
     printer.join(LAST_LINES_S)
     os.set_blocking(read_end, False)
     with os.fdopen(read_end, "rb") as told:
-        lines = (told.read() or b"").splitlines()
-    return Ended(child.pid, child.returncode, [branch for line in lines for branch in _branches(line)], [*tail])
+        branches = [branch for line in (told.read() or b"").splitlines() for branch in _branches(line)]
+    return Ended(child.pid, started, child.returncode, branches, [*tail])
 
 
 def _print_through(output: IO[bytes], tail: deque[str]) -> None:
@@ -140,35 +153,64 @@ def is_supervised() -> bool:
     return PIPE in os.environ
 
 
-def is_given_up(status: Status) -> bool:
+def is_given_up(paths: BranchPaths, branch: int) -> bool:
     """Whether a branch has failed in this job as often as its supervisor allows."""
-    return is_supervised() and _has_failed_too_often(status, int(os.environ[RETRIES]))
+    return is_supervised() and _has_failed_too_often(_readable(paths, branch), int(os.environ[RETRIES]))
 
 
-def record_end(paths: BranchPaths, branch: int, ended: Ended) -> None:
+def record_end(ended: Ended) -> None:
     """Note in `status.json` how a child ended that could not do so itself, and what it printed last."""
-    with contextlib.suppress(STLError):  # such as a newer attempt elsewhere, whose status it is now
-        status = read_status(paths, branch)
-        if status.pid != ended.pid or status.state not in ("running", "failed"):
-            return
-        if status.state == "running":
-            status.state, status.error = "interrupted" if leaving.asked() else "failed", _how(ended.code)
-            status.n_failures += status.state == "failed"
-        status.log_tail = ended.log_tail
-        write_status(desk_of(paths, status.attempt), status)
+    statuses = [(paths, _readable(paths, branch)) for paths, branch in ended.branches]
+    own = [(paths, status) for paths, status in statuses if _is_of(ended, paths, status)]
+    for paths, status in own:
+        with contextlib.suppress(STLError):  # such as a newer attempt elsewhere, whose status it is now
+            _note_end(desk_of(paths, status.attempt), status, ended)
+    if own:
+        return
+    for paths, branch in ended.branches:  # killed before it began any, while it read the data say
+        with contextlib.suppress(STLError):
+            if _readable(paths, branch).state != "finished":
+                number, desk = begin_attempt(paths, branch)
+                former = _readable(paths, branch)
+                n_failures = former.n_failures if former.job == job_id() else 0
+                status = replace(former, state="running", attempt=number, job=job_id(), n_failures=n_failures)
+                _note_end(desk, status, ended)
+
+
+def _note_end(paths: BranchPaths, status: Status, ended: Ended) -> None:
+    if status.state == "running":
+        status.state, status.error = "interrupted" if leaving.asked() else "failed", _how(ended.code)
+        status.n_failures += status.state == "failed"
+    status.log_tail = ended.log_tail
+    write_status(paths, status)
+
+
+def _is_of(ended: Ended, paths: BranchPaths, status: Status) -> bool:
+    """Whether the child itself wrote this, and not one of the same number on another host or at another time."""
+    is_same = status.host == socket.gethostname() and status.pid == ended.pid
+    return is_same and status.state in ("running", "failed") and owner_started(paths, status.attempt) == ended.started
+
+
+def _readable(paths: BranchPaths, branch: int) -> Status:
+    """The status of a branch; as of one that was not begun where it cannot be read, which the child will say."""
+    try:
+        return read_status(paths, branch)
+    except STLError:
+        return Status(branch)
 
 
 def has_retries(ended: Ended, retries: int) -> bool:
-    """Whether one of the child's branches failed, and not too often."""
+    """Whether one of the child's branches failed, and not too often; also after a kill before it named any."""
     if leaving.asked() or not ended.has_failed:
         return False
-    statuses = [read_status(paths, branch) for paths, branch in ended.branches]
-    return any(status.state != "finished" and not _has_failed_too_often(status, retries) for status in statuses)
+    statuses = [_readable(paths, branch) for paths, branch in ended.branches]
+    is_any_left = any(status.state != "finished" and not _has_failed_too_often(status, retries) for status in statuses)
+    return is_any_left or (ended.code < 0 and not statuses)
 
 
 def is_last_chance(ended: Ended, retries: int) -> bool:
     """Whether one of the child's branches is given up if it fails once more."""
-    return any(read_status(paths, branch).n_failures == retries for paths, branch in ended.branches)
+    return any(_readable(paths, branch).n_failures == retries for paths, branch in ended.branches)
 
 
 def _has_failed_too_often(status: Status, retries: int) -> bool:
@@ -185,5 +227,4 @@ def _how(code: int) -> str:
 def _exit_code(ended: Ended) -> int:
     if not ended.has_failed:
         return ended.code
-    is_torchrun = RankInfo.detect().launcher == "torchrun"  # which would end the other ranks
-    return DONE if ended.branches and is_torchrun else FAILED
+    return DONE if RankInfo.detect().launcher == "torchrun" else FAILED

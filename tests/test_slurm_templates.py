@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from cluster import Cluster, poll
+from cluster_config import free_ports
 
 from stl_lightning.checkpoint import load_checkpoint
 from stl_lightning.exits import INTERRUPTED, REFUSED
@@ -22,7 +25,7 @@ from stl_lightning.status import read_status
 CHECKOUT = Path(__file__).resolve().parent.parent
 TEMPLATES = CHECKOUT / "slurm"
 DIGITS = "configs/digits.yaml"
-PATIENCE_S = 100.0
+PATIENCE_S = 300.0
 
 # What each is for, in this cluster: branches of the digits in tasks that take a CPU each.
 TRAINING = {
@@ -105,8 +108,20 @@ def test_wrong_use_is_refused_with_the_usage(
 class Fake:
     """A command that notes what it was started with, and saves when it is asked to leave."""
 
-    command: Path
-    log: Path
+    folder: Path
+
+    @property
+    def command(self) -> Path:
+        return self.folder / "stl"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log"
+
+    @property
+    def stop(self) -> Path:
+        """Where it is, all end."""
+        return self.folder / "stop"
 
     def lines(self, *words: str) -> list[str]:
         """What it noted, as far as it contains all of the words."""
@@ -116,8 +131,8 @@ class Fake:
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Fake:
-    """Goes on until asked; after a requeue it ends by itself."""
-    noted = Fake(tmp_path / "stl", tmp_path / "log")
+    """Goes on until asked; after a requeue it ends by itself. Rank $FAILS of torchrun fails at once."""
+    noted = Fake(tmp_path)
     noted.command.write_text(
         textwrap.dedent(f"""\
         #!{sys.executable} -S
@@ -128,6 +143,7 @@ def fake(tmp_path: Path) -> Fake:
                 print(*what, file=log)
 
         def leave(*_):
+            note("asked")
             time.sleep(1)  # to save
             note("left")
             os._exit({INTERRUPTED})
@@ -136,7 +152,10 @@ def fake(tmp_path: Path) -> Fake:
             signal.signal(asked, leave)
         threads, gpus = os.environ["OMP_NUM_THREADS"], os.environ.get("CUDA_VISIBLE_DEVICES")
         note("began", f"{{threads=}} {{gpus=}}", *sys.argv[1:])
-        while "SLURM_RESTART_COUNT" not in os.environ:
+        if os.environ.get("FAILS") == os.environ.get("RANK", "none"):
+            note("failed")
+            sys.exit(1)
+        while "SLURM_RESTART_COUNT" not in os.environ and not os.path.exists({str(noted.stop)!r}):
             time.sleep(0.1)
         """)
     )
@@ -151,9 +170,8 @@ def no_jobs(cluster: Cluster) -> Iterator[Cluster]:
 
 
 def submit(cluster: Cluster, fake: Fake, template: str, *options: str, **environ: str) -> str:
-    folder = fake.log.parent
     script = [TEMPLATES / f"{template}.sbatch", CHECKOUT / DIGITS, "--run.root", "a folder"]
-    return cluster.submit(f"--output={folder}/%j.out", *options, *script, env={"STL": str(fake.command)} | environ)
+    return cluster.submit(f"--output={fake.folder}/%j.out", *options, *script, env={"STL": str(fake.command)} | environ)
 
 
 def ask_to_leave(cluster: Cluster, fake: Fake, how: str, job: str) -> None:
@@ -190,13 +208,34 @@ def test_asked_to_leave_a_job_requeues_once_unless_cancelled(template: str, fake
 
 @pytest.mark.slow
 def test_torchrun_lets_its_ranks_save_and_the_job_requeues_once(fake: Fake, no_jobs: Cluster) -> None:
-    """A `scontrol requeue` sends SIGTERM several times; an agent that listened would leave its ranks behind."""
     job = submit(no_jobs, fake, "torchrun", "--nodes=2", "--ntasks=3")
     poll(lambda: len(fake.lines("began")) == 3, "all ranks began", 120)
-    no_jobs.run("scontrol", "requeue", job)
+    ask_to_leave(no_jobs, fake, "signal", job)
     assert no_jobs.wait(job, PATIENCE_S) == "COMPLETED"
     assert [task["Restarts"] for task in no_jobs.tasks(job)] == ["1"]
     assert (len(fake.lines("began")), len(fake.lines("left"))) == (6, 3)
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_node_save_though_only_their_elders_are_signalled(fake: Fake) -> None:
+    """SLURM may signal a task's first process alone; the agent must not end the ranks, that it hears of it or not."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
+    environ = os.environ | step | {"N_RANKS": "3", "PORT": str(free_ports(1)[0]), "OMP_NUM_THREADS": "1"}
+    environ |= {"TORCHRUN": f"{sys.executable} -m torch.distributed.run", "FAILS": "1"}
+    # In a group with its agent; each rank makes a group of its own.
+    node = subprocess.Popen(["bash", TEMPLATES / "torchrun.sbatch", fake.command], env=environ, start_new_session=True)
+    try:
+        poll(lambda: fake.lines("failed") and len(fake.lines("began")) == 3, "all began, one failed", 120)
+        time.sleep(1)  # for the agent to notice
+        assert not fake.lines("asked"), "a rank that fails leaves the others alone"
+        for number in (signal.SIGUSR1, signal.SIGTERM):  # before the time limit, and a preemption while they save
+            os.killpg(node.pid, number)
+            time.sleep(0.2)
+        assert node.wait(60) == INTERRUPTED
+        assert len(fake.lines("left")) == 2
+    finally:
+        fake.stop.touch()
+        node.wait(60)
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from stl_lightning.__main__ import main
-from stl_lightning.attempts import process_started
 from stl_lightning.errors import RunError
 from stl_lightning.exits import DONE, FAILED, UNFINISHED
 from stl_lightning.launch.compose import as_ranges, from_ranges
@@ -231,6 +230,7 @@ def a_run(folder: Path, statuses: Sequence[Status | None], launch: Launch | None
         if status is not None:
             write_status(paths.branch(branch), replace(status, branch=branch, attempt=1))
             paths.branch(branch).best.touch()
+            paths.branch(branch).best.touch()
     if launch is not None:
         write_launch(paths, launch)
     return paths
@@ -354,10 +354,9 @@ def test_a_run_of_this_machine_is_queued_as_long_as_its_launcher_lives(tmp_path:
         launch = Launch("local", "c.yaml", n_branches=2, branches=[0, 1], jobs=jobs, launcher=launcher, n_workers=1)
         return a_run(tmp_path / str(launcher.pid), [elsewhere("finished"), None], launch)
 
-    me, gone = Process.of(os.getpid()), Process(os.getpid(), (process_started(os.getpid()) or 0) - 1)
-    assert read_run_state(launched(me)).branches[1].state == "queued"
-    paths = launched(replace(gone, pid=os.getppid()))  # a number that is used again
-    assert read_run_state(paths).branches[1].state == "pending"
+    used_again = Process(os.getppid(), -1)
+    assert read_run_state(launched(Process.of(os.getpid()))).branches[1].state == "queued"
+    assert read_run_state(launched(used_again)).branches[1].state == "pending"
 
 
 def test_the_ensemble_is_part_of_what_was_launched(fake: FakeCommand, tmp_path: Path) -> None:
@@ -378,6 +377,8 @@ def test_the_ensemble_is_part_of_what_was_launched(fake: FakeCommand, tmp_path: 
     make_old(paths, 0, 10)
     os.utime(paths.results, (time.time() - 20, time.time() - 20))
     assert (read_run_state(paths).ensemble, read_run_state(paths).exit_code) == ("outdated", FAILED)
+    queue.write_text(json.dumps({"jobs": [row_22(18, "PENDING")]}))  # it is about to be made again
+    assert (read_run_state(paths).ensemble, read_run_state(paths).exit_code) == ("queued", UNFINISHED)
 
 
 def test_watching_ends_when_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

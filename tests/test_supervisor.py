@@ -35,8 +35,11 @@ from stl_lightning.supervisor import is_given_up, is_orphan, tell_supervisor
 root = Path(os.environ["ROOT"])
 (root / "args").write_text(" ".join(sys.argv[1:]))
 run = RunPaths(root)
-branches = [b for b in (0, 1) if not is_given_up(read_status(run.branch(b), b))]
+branches = [b for b in (0, 1) if not is_given_up(run.branch(b), b)]
 tell_supervisor(run, branches)
+if "DIE_EARLY" in os.environ:
+    print("reading the data", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 n_failed = 2 - len(branches)
 with leaving.listening():
     for b in branches:
@@ -69,9 +72,9 @@ sys.exit(n_failed > 0)
 """
 
 SUPERVISOR = """
-import sys
+import os, sys
 from stl_lightning import leaving, supervisor
-supervisor.PAUSE_S = 0.01
+supervisor.PAUSE_S = float(os.environ.get("PAUSE", "0.01"))
 run_child = supervisor.run_child
 supervisor.run_child = lambda args, retries: run_child([sys.executable, "-c", sys.argv[2], *args[4:]], retries)
 with leaving.listening():
@@ -145,6 +148,34 @@ def test_the_last_try_after_a_kill_trains_one_after_the_other(supervised: Superv
         process.communicate(timeout=30)
         assert (tmp_path / "args").read_text() == args
         shutil.rmtree(tmp_path / "branches")
+
+
+def test_the_same_command_tries_again_after_the_cause_was_cured(supervised: Supervised, tmp_path: Path) -> None:
+    """Without a scheduler, too, failures are those of this call."""
+    supervised([["fail"], ["finish"]], retries=1).communicate(timeout=30)
+    assert status(tmp_path, 0).n_failures == 2
+    process = supervised([["fail", "fail", "finish"], ["finish"]], retries=1)
+    process.communicate(timeout=30)
+    assert process.returncode == DONE
+
+
+def test_a_child_killed_before_it_begins_is_tried_again_and_recorded(supervised: Supervised, tmp_path: Path) -> None:
+    process = supervised([["finish"], ["finish"]], retries=1, DIE_EARLY="1")
+    process.communicate(timeout=30)
+    assert process.returncode == FAILED
+    failed = status(tmp_path, 1)
+    assert (failed.state, failed.n_failures) == ("failed", 2)
+    assert "SIGKILL" in failed.error
+    assert failed.log_tail == ["reading the data"]
+
+
+def test_a_signal_ends_the_pause(supervised: Supervised, tmp_path: Path) -> None:
+    process = supervised([["fail"], ["finish"]], retries=9, PAUSE="60")
+    wait_for(lambda: status(tmp_path, 1).state == "finished")
+    time.sleep(0.2)
+    process.terminate()
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == INTERRUPTED, output
 
 
 def test_another_job_begins_to_count_anew(supervised: Supervised, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from stl_lightning.slices import Statistics
 from stl_lightning.status import Status, read_status, write_status
 from stl_lightning.strategy import alone
 from stl_lightning.tracking import TrackingOptions
-from stl_lightning.training import BranchJob, check_branch, make_trainer, train_branches
+from stl_lightning.training import BranchJob, check_branch, check_branches, make_trainer, train_branches
 
 
 class Dropped(Exception):
@@ -302,9 +302,9 @@ def test_a_branch_in_training_elsewhere_on_this_machine_is_left_to_it(tmp_path: 
     job = make_job(tmp_path)
     write_status(job.paths, Status(0, "running", pid=os.getppid()))
     with pytest.raises(RunError, match=f"process {os.getppid()} on {socket.gethostname()}"):
-        check_branch(job)
+        check_branches([job])
     write_status(job.paths, Status(0, "running", pid=2**22 + 1))  # above any process number: it was killed
-    check_branch(job)
+    check_branches([job])
 
 
 def test_a_tracker_that_cannot_start_fails_its_branch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,7 @@ def _checked_cli(planned: Launch) -> "SpectralCLI":
     with contextlib.chdir(planned.folder):
         from stl_lightning.cli.config import SpectralCLI
         from stl_lightning.run import Run, check_same_settings, open_run
-        from stl_lightning.training import check_branch, check_same_config
+        from stl_lightning.training import check_branch
 
         cli = SpectralCLI([f"--config={planned.config}", *planned.settings], "launch")
         for name in ("run.branches", "data.branch"):
@@ -174,14 +174,12 @@ def _checked_cli(planned: Launch) -> "SpectralCLI":
         cli.check()
         _check_augment(cli, planned.prepares)
         paths = cli.options.paths
-        not_begun = Run(RunPaths(paths.folder / "not-begun"), "", "", {})  # who owns its branches is looked at later
-        check_branch(cli.job(not_begun, 0))
+        run = Run(paths, "", "", {})
         if paths.run_json.exists():
             run = open_run(paths)
             check_same_settings(paths, run.settings, cli.data.agreement())
-            begun = [branch for branch in range(cli.data.n_branches) if paths.branch(branch).config.exists()]
-            for branch in begun[:1]:
-                check_same_config(cli.job(run, branch))
+        begun = [branch for branch in range(cli.data.n_branches) if paths.branch(branch).config.exists()]
+        check_branch(cli.job(run, (begun or [0])[0]))
     planned.n_branches = cli.data.n_branches
     _check_size(planned)
     return cli

@@ -1,7 +1,9 @@
 """`stl fit`, `stl run` and `stl baseline`: train branches."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from stl_lightning.cli.config import SpectralCLI
 from stl_lightning.cli.ensemble import combine
@@ -11,7 +13,7 @@ from stl_lightning.ranks import RankInfo
 from stl_lightning.run import check_baseline, claim_run, open_run
 from stl_lightning.status import read_status
 from stl_lightning.supervisor import is_given_up, is_supervised, tell_supervisor
-from stl_lightning.training import BranchJob, Outcome, check_branch, train_branches
+from stl_lightning.training import BranchJob, Outcome, check_branches, train_branches
 
 
 def fit_rank(args: list[str]) -> int:
@@ -20,7 +22,7 @@ def fit_rank(args: list[str]) -> int:
     cli = SpectralCLI(args, "fit", what + "which is started again up to N times for each branch that fails.")
     owned = cli.owned_branches()
     run = cli.claim()
-    branches = [branch for branch in owned if not is_given_up(read_status(run.paths.branch(branch), branch))]
+    branches = [branch for branch in owned if not is_given_up(run.paths.branch(branch), branch)]
     tell_supervisor(run.paths, branches)
     n_failed = len(owned) - len(branches) + train_all([cli.job(run, branch) for branch in branches])
     return exit_code(n_failed)
@@ -55,8 +57,7 @@ def baseline(args: list[str]) -> int:
 
 def train_all(jobs: Sequence[BranchJob]) -> int:
     """Train the branches, whatever becomes of each; returns how many failed."""
-    for job in jobs:
-        check_branch(job)
+    check_branches(jobs)
     return train_branches(jobs, report)
 
 
@@ -64,11 +65,16 @@ def report(job: BranchJob, outcome: Outcome) -> None:
     """Say how a branch ended."""
     status = read_status(job.paths, job.branch)
     if outcome == "failed":
-        print(f"{job.job_type} {job.branch}: FAILED: {status.error}", file=sys.stderr, flush=True)
+        _say(f"{job.job_type} {job.branch}: FAILED: {status.error}", sys.stderr)
         return
     what = "is finished already" if outcome == "skipped" else "finished"
     loss = "" if status.loss is None else f", validation loss {status.loss:.4f}"
-    print(f"{job.job_type} {job.branch}: {what}, {status.epoch} epochs{loss}", flush=True)
+    _say(f"{job.job_type} {job.branch}: {what}, {status.epoch} epochs{loss}", sys.stdout)
+
+
+def _say(text: str, where: TextIO) -> None:
+    with contextlib.suppress(OSError):  # a log that cannot be written must not end the training of the next branch
+        print(text, file=where, flush=True)
 
 
 def exit_code(n_failed: int) -> int:

@@ -14,6 +14,7 @@ from stl_lightning.errors import CheckpointError, RunError
 from stl_lightning.paths import write_json
 from stl_lightning.run import Run
 from stl_lightning.status import Status, read_status
+from stl_lightning.traffic import total_bytes
 from stl_lightning.training import BranchJob
 
 
@@ -56,7 +57,7 @@ def evaluate(
         "temperature": ensemble.temperature,
         "cross_validation": ensemble.cv,
         "disagreement": metrics.disagreement(test.logits).tolist(),
-        "traffic": traffic([read_status(job.paths, job.branch) for job in members]),
+        "traffic": total_bytes([_status(job).traffic.get("windows", {}) for job in members]),
         "branches": rows,
     }
     save_fitted(ensemble, run.paths.fitted)
@@ -70,25 +71,15 @@ def scores(outputs: Outputs) -> dict[str, float]:
     return {name: float(score(log_probs, outputs.labels)) for name, score in metrics.METRICS.items()}
 
 
-def traffic(statuses: Sequence[Status]) -> dict[str, int | None]:
-    """Bytes sent and received while training, over all processes; None if one of them was not able to count.
-
-    Branches that one process trained together share one count. The last attempts tell: theirs go on from those before.
-    """
-    of_process = {(status.host, status.pid, status.attempt): status.traffic for status in statuses}
-    return {name: _total([of.get(name) for of in of_process.values()]) for name in ("bytes_sent", "bytes_received")}
-
-
-def _total(counts: Sequence[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
+def _status(job: BranchJob) -> Status:
+    return read_status(job.paths, job.branch)
 
 
 def _finished(jobs: Sequence[BranchJob]) -> tuple[list[tuple[BranchJob, Outputs]], dict[int, str]]:
     """The branches that have finished with their validation outputs, and why each of the others is left out."""
     usable, left_out = [], {}
     for job in jobs:
-        status = read_status(job.paths, job.branch)
+        status = _status(job)
         if status.state != "finished":
             left_out[job.branch] = f"it has not finished: {status.state}, epoch {status.epoch}"
             continue

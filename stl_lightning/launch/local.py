@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from stl_lightning import leaving
-from stl_lightning.attempts import desk_of
+from stl_lightning.attempts import desk_of, process_started
 from stl_lightning.errors import STLError
 from stl_lightning.exits import DONE, FAILED, FENCED, INTERRUPTED, REFUSED
 from stl_lightning.launch.record import Launch, Process, read_launches, write_launch
@@ -38,6 +38,9 @@ class Child:
     branches: tuple[int, ...] = ()
     n_printed: int = 0  # bytes of the log
 
+    def __post_init__(self) -> None:
+        self.started = process_started(self.process.pid)
+
     def print_new(self) -> None:
         """Pass on the lines that came into the log since the last time."""
         with self.log.open("rb") as file:
@@ -47,8 +50,9 @@ class Child:
             text = text[: text.rfind(b"\n") + 1]  # the rest of a line is still to come
         self.n_printed += len(text)
         prefix = f"[{','.join(map(str, self.branches))}] " if self.branches else ""
-        for line in text.decode(errors="replace").splitlines():
-            print(prefix + line, flush=True)
+        with contextlib.suppress(OSError):  # such as a full disk, or a terminal that is gone; the log has it all
+            for line in text.decode(errors="replace").splitlines():
+                print(prefix + line, flush=True)
 
     def log_tail(self) -> list[str]:
         return list(deque(self.log.read_text(errors="replace").splitlines(), maxlen=N_LOG_LINES))
@@ -107,7 +111,8 @@ class LocalScheduler:
     def _start_worker(self, slot: int, group: Sequence[int], config: Sequence[str]) -> None:
         self._start(slot, group, *worker_args(config, group))
         self.launch.workers = [Process.of(child.process.pid) for child in self.children]
-        write_launch(self.paths, self.launch)
+        with contextlib.suppress(STLError):  # such as a full disk: `stl cancel` still ends this process
+            write_launch(self.paths, self.launch)
 
     def _start(self, slot: int, branches: Sequence[int], *args: str) -> Child:
         """A process in a session of its own: a terminal's Ctrl-C reaches only this one, which hands it on."""
@@ -163,7 +168,8 @@ class LocalScheduler:
         for branch in child.branches:
             paths = self.paths.branch(branch)
             if len(child.branches) == 1:
-                record_end(paths, branch, Ended(child.process.pid, child.process.returncode, [], tail))
+                process = child.process
+                record_end(Ended(process.pid, child.started, process.returncode, [(paths, branch)], tail))
                 return
             with contextlib.suppress(STLError):  # such as a newer attempt elsewhere
                 status = read_status(paths, branch)
@@ -226,11 +232,15 @@ def to_try_again(
 
 def worker_environ(environ: Mapping[str, str], job: str, slot: int, n_workers: int) -> dict[str, str]:
     """The variables of a worker: the name of the job, its share of the cores, one GPU of several."""
-    kept = {name: value for name, value in environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
     n_threads = max(1, n_cores() // n_workers)
     gpus = [gpu for gpu in environ.get("CUDA_VISIBLE_DEVICES", ",".join(_gpus())).split(",") if gpu]
     one_gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
-    return {"OMP_NUM_THREADS": str(n_threads)} | kept | one_gpu | {"STL_JOB": job}
+    return {"OMP_NUM_THREADS": str(n_threads)} | outside_slurm(environ) | one_gpu | {"STL_JOB": job}
+
+
+def outside_slurm(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables, without those of a SLURM job."""
+    return {name: value for name, value in environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
 
 
 def n_cores() -> int:
@@ -247,7 +257,12 @@ def _gpus() -> list[str]:
 def main(run: str) -> int:
     """Carry out the last launch of a run, which this process was recorded for."""
     paths = RunPaths(Path(run))
-    return LocalScheduler(read_launches(paths)[-1], paths).run()
+    launch = read_launches(paths)[-1]
+    # What `record_end` notes for a killed worker is of its job, and not of one of SLURM's that this was called in.
+    mine = outside_slurm(os.environ) | {"STL_JOB": launch.jobs["branches"]}
+    os.environ.clear()
+    os.environ.update(mine)
+    return LocalScheduler(launch, paths).run()
 
 
 if __name__ == "__main__":

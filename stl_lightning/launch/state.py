@@ -26,10 +26,11 @@ def read_run_state(paths: RunPaths) -> RunState:
     launches = _launches(paths, notes)
     read = [_read_branch(paths, branch) for branch in range(_n_branches(paths, launches))]
     statuses = {report.branch: report.status for report in read if report.status is not None}
-    is_over = all(report.status is not None and report.status.state == "finished" for report in read)
+    results = _results(paths, statuses)
+    is_over = results == "made" and all(status.state == "finished" for status in statuses.values())
     recorded = [job for launch in launches for job in launch.jobs.values()]
     jobs = [*recorded, *(status.job for status in statuses.values() if status.job and status.state != "finished")]
-    queue = Queue() if is_over and paths.results.exists() else _ask(jobs, launches)
+    queue = Queue() if is_over else _ask(jobs, launches)
     if queue.problem:
         notes.append(f"SLURM does not answer: {queue.problem}; branches are judged by their files")
     now_s = _now(paths.folder, notes)
@@ -37,7 +38,8 @@ def read_run_state(paths: RunPaths) -> RunState:
     retries = {job: launch.retries for launch in launches for job in launch.jobs.values()}
     reports = [_report(paths, report, queue, names.get(report.branch, ()), retries, now_s) for report in read]
     notes += _ended_jobs(paths, reports, queue, names)
-    return RunState(paths, launches, reports, _ensemble(paths, launches, queue, reports, now_s), queue, notes)
+    ensemble = "queued" if _awaits_ensemble(launches, queue) else results
+    return RunState(paths, launches, reports, ensemble, queue, notes)
 
 
 def _launches(paths: RunPaths, notes: list[str]) -> list[Launch]:
@@ -149,14 +151,16 @@ def _ended_jobs(
     return notes
 
 
-def _ensemble(
-    paths: RunPaths, launches: Sequence[Launch], queue: Queue, reports: Sequence[BranchReport], now_s: float
-) -> EnsembleState:
-    awaited = [launch.jobs.get("ensemble", launch.jobs.get("branches")) for launch in launches if launch.has_ensemble]
-    if any(job and queue.active(job) for job in awaited):
-        return "queued"
+def _results(paths: RunPaths, statuses: Mapping[int, Status]) -> EnsembleState:
+    """Whether the ensemble was made, and since the last branch has finished."""
     if not paths.results.exists():
         return "missing"
-    age_s = now_s - paths.results.stat().st_mtime
-    ages_s = [report.age_s for report in reports if report.state == "finished" and report.age_s is not None]
-    return "outdated" if age_s > min(ages_s, default=age_s) else "made"
+    finished = [paths.branch(branch).status for branch, status in statuses.items() if status.state == "finished"]
+    made = paths.results.stat().st_mtime_ns
+    return "outdated" if any(path.stat().st_mtime_ns > made for path in finished) else "made"
+
+
+def _awaits_ensemble(launches: Sequence[Launch], queue: Queue) -> bool:
+    """Whether a job is in the queue that makes the ensemble; on this machine, that is the launcher."""
+    jobs = [launch.jobs.get("ensemble", launch.jobs.get("branches")) for launch in launches if launch.has_ensemble]
+    return any(job is not None and queue.active(job) for job in jobs)

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stl_lightning.traffic.calls import PythonCalls
@@ -18,6 +19,9 @@ METHOD = (
     "node_bytes: everything on all interfaces but lo and on all InfiniBand ports, whoever sent it"
 )
 _END_PAUSE_S = 0.02  # the kernel announces the end of a socket some milliseconds later
+
+
+BYTES = ("bytes_sent", "bytes_received")
 
 
 class Traffic:
@@ -87,12 +91,11 @@ class Traffic:
             }
 
     def _look(self) -> None:
-        self._node_now = node_bytes()
-        if self._kernel is None:
-            return
         try:
-            self._read(self._kernel)
-        except OSError as error:
+            self._node_now = node_bytes()
+            if self._kernel is not None:
+                self._read(self._kernel)
+        except Exception as error:  # whatever the system answers, it must not end the thread that looks
             self._missed(f"a look, since the system did not answer: {error}")
 
     def _read(self, kernel: KernelSockets) -> None:
@@ -125,3 +128,18 @@ class Traffic:
         if self._kernel is not None:
             self._kernel.close()
             self._kernel = None
+
+
+def total_bytes(windows: Iterable[Mapping[str, Sequence[int | None]]]) -> dict[str, int | None]:
+    """The bytes of several branches over all attempts: each maps the windows it was in to the counts (`BYTES`).
+
+    Branches that one process trained together share a window, which counts once. None if a window was not counted.
+    """
+    each = {name: counts for of_branch in windows for name, counts in of_branch.items()}
+    columns = [[counts[i] for counts in each.values()] for i in range(len(BYTES))]
+    return {name: _sum(column) for name, column in zip(BYTES, columns, strict=True)}
+
+
+def _sum(counts: Sequence[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None

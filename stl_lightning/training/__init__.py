@@ -1,13 +1,21 @@
 """Branches in training: the job of one branch, groups that train together, Lightning's Trainer for them."""
 
 from stl_lightning.training.groups import Outcome, train_branches
-from stl_lightning.training.job import BranchJob, check_branch, check_same_config, different_settings, load_best
+from stl_lightning.training.job import (
+    BranchJob,
+    check_branch,
+    check_branches,
+    check_same_config,
+    different_settings,
+    load_best,
+)
 from stl_lightning.training.trainer import check_trainer_settings, make_trainer, predicting_trainer
 
 __all__ = [
     "BranchJob",
     "Outcome",
     "check_branch",
+    "check_branches",
     "check_same_config",
     "check_trainer_settings",
     "different_settings",

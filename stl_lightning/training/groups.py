@@ -21,7 +21,7 @@ from torch import nn
 
 from stl_lightning import leaving
 from stl_lightning.attempts import begin_attempt
-from stl_lightning.checkpoint import BestCheckpoint, LastCheckpoint, load_checkpoint
+from stl_lightning.checkpoint import BestCheckpoint, LastCheckpoint, load_checkpoint, progress
 from stl_lightning.datamodule import SpectralDataModule
 from stl_lightning.errors import DivergedError, FencedError, LeaveError, RunError, STLError
 from stl_lightning.module import BranchModule, branch_seed
@@ -35,7 +35,7 @@ from stl_lightning.training.heartbeat import Heartbeat
 from stl_lightning.training.job import BranchJob, resume_point, why_not_stacked
 from stl_lightning.training.trainer import chunks, make_trainer
 
-Outcome = Literal["finished", "skipped", "failed"]
+Outcome = Literal["finished", "skipped", "failed", "lost"]  # lost to another process
 
 
 @dataclass
@@ -51,14 +51,18 @@ class Attempt:
     loggers: list[Logger] = field(default_factory=list)
 
     def begin(self) -> None:
-        """Take the branch.
+        """Take the branch; one that another process has finished meanwhile is left alone.
 
         Raises: RunError if it is in training by another process, or its files cannot be written.
         """
         if self.has_begun:
             return
-        job, old = self.job, self.status
-        number, paths = begin_attempt(job.paths, job.branch)
+        job = self.job
+        old = read_status(job.paths, job.branch)
+        if old.state == "finished":
+            self.status, self.outcome = old, "skipped"
+            return
+        number, paths = begin_attempt(job.paths, job.branch, job.lost_attempt)
         job.desk = paths.desk
         paths.write(paths.config, lambda file: file.write(job.config_yaml.encode()))
         n_failures = old.n_failures if old.job == job_id() else 0
@@ -76,11 +80,19 @@ class Attempt:
         )
 
     def end(self, state: State, error: str | None = None) -> None:
+        """Raises: FencedError if a newer attempt owns the branch; RunError if the end cannot be noted."""
         self.status.state, self.status.error = state, error
         self.status.n_failures += state == "failed"
-        self.outcome = "finished" if state == "finished" else "failed"
         write_status(self.job.paths, self.status)
+        self.outcome = "finished" if state == "finished" else "failed"
         close(self.loggers)
+
+    def pause(self) -> None:
+        """Give the branch back for now: who waits for its turn has no heart that beats for it."""
+        if self.has_begun:
+            with suppress(RunError):
+                self.end("interrupted")
+        self.outcome, self.has_begun, self.loggers = None, False, []
 
 
 def train_branches(jobs: Sequence[BranchJob], report: Callable[[BranchJob, Outcome], None] = lambda *_: None) -> int:
@@ -89,29 +101,37 @@ def train_branches(jobs: Sequence[BranchJob], report: Callable[[BranchJob, Outco
     What goes wrong with a branch is recorded in its `status.json`, and the others go on. `report` is called with each
     branch when it ends. Returns how many failed.
 
-    Raises: LeaveError once a signal has asked to leave; FencedError if a newer attempt owns one of the branches;
-    RunError if `status.json` or `config.yaml` cannot be written, or another process has begun the branch.
+    Raises: LeaveError once a signal has asked to leave. When the others have ended: FencedError if a newer attempt owns
+    one of the branches; RunError if one is in training by another process, or its files cannot be read or written.
     """
     n_failed = 0
-    waiting = []
+    waiting: list[Attempt] = []
+    lost: list[STLError] = []  # branches that another process has, or that nothing can be noted of
     for job in jobs:
-        status = read_status(job.paths, job.branch)
-        if status.state == "finished":
-            report(job, "skipped")
-        else:
-            waiting.append(Attempt(job, status))
+        attempt = Attempt(job, Status(job.branch))
+        try:
+            if read_status(job.paths, job.branch).state == "finished":
+                report(job, "skipped")
+            else:
+                waiting.append(attempt)
+        except RunError as error:
+            _lose(attempt, error)
+            lost.append(error)
     _say_why_not_stacked(waiting)
     while waiting:
         if leaving.asked():
             raise LeaveError(f"asked to leave by {leaving.asked()}, before the next branch began")
         group, others = next_group(waiting)
-        for attempt in train_group(group):
-            if attempt.outcome is not None:
+        lost += train_group(group)
+        for attempt in group:
+            if attempt.outcome is not None and attempt.outcome != "lost":
                 n_failed += attempt.outcome == "failed"
                 report(attempt.job, attempt.outcome)
         waiting = [attempt for attempt in group if attempt.outcome is None] + others
         # A Trainer and its module hold each other, and so the slices, until they are collected.
         gc.collect()
+    if lost:
+        raise lost[0]
     return n_failed
 
 
@@ -158,53 +178,80 @@ def _group_key(attempt: Attempt) -> Any:
             return id(attempt)
         resume_from = resume_point(job)
         checkpoint = load_checkpoint(resume_from) if resume_from else None
-        at = checkpoint and (checkpoint["global_step"], checkpoint["loops"]["fit_loop"]["state_dict"])
-        return attempt.design, at
+        return attempt.design, checkpoint and progress(checkpoint)
     except Exception:  # whatever it is, it is found again and recorded when the branch trains alone
         return id(attempt)
 
 
-def train_group(group: Sequence[Attempt]) -> Sequence[Attempt]:
-    """Train branches together until one of them ends; those without an outcome then are to go on."""
+def train_group(group: Sequence[Attempt]) -> list[STLError]:
+    """Train branches together until one of them ends; those without an outcome then are to go on.
+
+    Returns why branches of it were lost to another process.
+    """
+    lost = [error for attempt in group if (error := _begin(attempt)) is not None]
+    begun = [attempt for attempt in group if attempt.outcome is None]
+    if not begun:
+        return lost
+    heartbeat = Heartbeat([(attempt.job.paths, attempt.status) for attempt in begun])
     try:
-        for attempt in group:
-            attempt.begin()
-    except STLError:  # in training by another process, or not writable
-        _interrupt(group)
-        raise
-    try:
-        heartbeat = Heartbeat([(attempt.job.paths, attempt.status) for attempt in group])
         with forbid_process_groups(), heartbeat:
-            for attempt in group:
+            for attempt in begun:
                 attempt.open_loggers()
-            _fit(group, heartbeat)
-    except (LeaveError, FencedError):
-        _interrupt(group)
-        raise
-    except (KeyboardInterrupt, SystemExit) as end:
-        _interrupt(group)
+            ends = _fit(begun, heartbeat)
+        for attempt, state, reason in ends:  # after the last beat, which would say that they are running
+            attempt.end(state, reason)
+    except FencedError as error:
+        lost += _drop_fenced(begun, error)
+    except (LeaveError, KeyboardInterrupt, SystemExit) as end:
+        for attempt in begun:
+            with suppress(FencedError):
+                attempt.pause()
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning makes it an exit with code 1, as of an error
             raise KeyboardInterrupt from end
         raise
     except STLError as error:
-        _blame(group, str(error))
+        _blame(begun, str(error))
     except Exception:
         # A fault of this branch (its network, the machine's memory) must not take the branches after it down.
-        _blame(group, traceback.format_exc())
-    return group
+        _blame(begun, traceback.format_exc())
+    return lost
 
 
-def _interrupt(group: Sequence[Attempt]) -> None:
+def _begin(attempt: Attempt) -> STLError | None:
+    """Take a branch, or say why not."""
+    try:
+        attempt.begin()
+    except STLError as error:
+        _lose(attempt, error)
+        return error
+    return None
+
+
+def _drop_fenced(group: Sequence[Attempt], error: FencedError) -> list[STLError]:
+    """Those that a newer attempt owns are lost; the others go on without them, from their checkpoints."""
+    lost: list[STLError] = []
     for attempt in group:
-        if attempt.has_begun:
-            with suppress(FencedError, RunError):
-                attempt.end("interrupted")
+        try:
+            attempt.pause()
+        except FencedError as fenced:
+            _lose(attempt, fenced)
+            lost.append(fenced)
+    return lost or [error]
+
+
+def _lose(attempt: Attempt, error: STLError) -> None:
+    attempt.outcome = "lost"
+    print(f"branch {attempt.job.branch}: {error}", file=sys.stderr, flush=True)
 
 
 def _blame(group: Sequence[Attempt], error: str) -> None:
     """A fault in a group may be that of one branch: each goes on alone, and the one at fault fails alone."""
     if len(group) == 1:
-        group[0].end("failed", error)
+        try:
+            group[0].end("failed", error)
+        except RunError as full:
+            print(f"branch {group[0].job.branch}: {error}\n{full}", file=sys.stderr, flush=True)
+            group[0].outcome = "failed"
         return
     numbers = ", ".join(str(attempt.job.branch) for attempt in group)
     reason = error.strip().rpartition("\n")[-1]  # of a traceback; all of it is recorded where the branch fails alone
@@ -212,9 +259,11 @@ def _blame(group: Sequence[Attempt], error: str) -> None:
     print(what, file=sys.stderr, flush=True)
     for attempt in group:
         attempt.is_alone = True
+        attempt.pause()
 
 
-def _fit(group: Sequence[Attempt], heartbeat: Heartbeat) -> None:
+def _fit(group: Sequence[Attempt], heartbeat: Heartbeat) -> list[tuple[Attempt, State, str | None]]:
+    """Returns those that came to their end, and which."""
     jobs = [attempt.job for attempt in group]
     first = jobs[0]
     data = copy.copy(first.data)
@@ -233,9 +282,7 @@ def _fit(group: Sequence[Attempt], heartbeat: Heartbeat) -> None:
         trainer.fit(module, datamodule=data, ckpt_path=resume_from and resume_from.name, weights_only=True)
     except DivergedError:  # all of them
         files.flush()
-        for i, attempt in enumerate(group):
-            attempt.end("failed", str(module.divergence(i)))
-        return
+        return [(attempt, "failed", str(module.divergence(i))) for i, attempt in enumerate(group)]
     except BaseException:
         with suppress(RunError, FencedError):  # such as a full disk, which may be what ended it
             files.flush()
@@ -245,11 +292,10 @@ def _fit(group: Sequence[Attempt], heartbeat: Heartbeat) -> None:
     if missing:  # there was no validation
         trainer.save_checkpoint("best.ckpt", weights_only=True, storage_options=missing)
         files.flush()
-    for i in over:
-        if module.is_alive(i):
-            group[i].end("finished")
-        else:
-            group[i].end("failed", str(module.divergence(i)))
+    return [
+        (group[i], "finished", None) if module.is_alive(i) else (group[i], "failed", str(module.divergence(i)))
+        for i in over
+    ]
 
 
 def chunk_of(checkpoint: dict[str, Any], wanted: int | None) -> int | None:

@@ -5,6 +5,7 @@ also looks at what the process sends and receives.
 """
 
 import math
+import secrets
 import sys
 import threading
 import time
@@ -19,12 +20,9 @@ from stl_lightning.errors import FencedError, LeaveError, STLError
 from stl_lightning.paths import BranchPaths
 from stl_lightning.status import HEARTBEAT_S, Status, write_status
 from stl_lightning.supervisor import is_orphan
-from stl_lightning.traffic import Traffic
+from stl_lightning.traffic import BYTES, Traffic, total_bytes
 
 LOOK_S = 1.0  # between two looks at the sockets and at the supervisor
-
-# Of the counts in a status, those that go on from attempt to attempt.
-ADDED_UP = ("bytes_sent", "bytes_received", "connections", "node_bytes_sent", "node_bytes_received")
 
 
 class Heartbeat(Callback):
@@ -39,7 +37,8 @@ class Heartbeat(Callback):
         self.every_s = every_s
         self.fenced: FencedError | None = None
         self._traffic = Traffic()
-        self._earlier = [status.traffic for _, status in branches]  # of former attempts, or groups of this one
+        self._window = secrets.token_hex(4)  # names what this process counts from here on, for all its branches
+        self._earlier = [status.traffic.get("windows", {}) for _, status in branches]
         self._trainer: Trainer | None = None
         self._epoch_began = time.monotonic()
         self._over = threading.Event()
@@ -59,7 +58,8 @@ class Heartbeat(Callback):
     def _note_traffic(self) -> None:
         totals = self._traffic.totals()
         for (_, status), earlier in zip(self.branches, self._earlier, strict=True):
-            status.traffic = totals | {name: _sum(earlier.get(name, 0), totals[name]) for name in ADDED_UP}
+            windows = earlier | {self._window: [totals[name] for name in BYTES]}
+            status.traffic = totals | total_bytes([windows]) | {"windows": windows}
 
     def _run(self) -> None:
         last = time.monotonic()
@@ -118,8 +118,3 @@ class Heartbeat(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._traffic.sample()
         self._note_traffic()
-
-
-def _sum(earlier: int | None, now: int | None) -> int | None:
-    """None where one of them was not counted."""
-    return None if earlier is None or now is None else earlier + now

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
 from torch import nn
 
-from stl_lightning.attempts import refuse_if_owned
+from stl_lightning.attempts import refuse_owned
 from stl_lightning.checkpoint import BestCheckpoint, load_checkpoint
 from stl_lightning.datamodule import SpectralDataModule
 from stl_lightning.errors import CheckpointError, ConfigError, RunError
@@ -50,6 +50,7 @@ class BranchJob:
     local_rank: int = 0
     job_type: Literal["branch", "baseline"] = "branch"
     desk: Path | None = None  # of the attempt that trains it
+    lost_attempt: int | None = None  # the number of one that stopped elsewhere, as `check_branches` has found
 
     @property
     def branch(self) -> int:
@@ -65,17 +66,28 @@ class BranchJob:
         return copy.deepcopy(self.module).build(data.in_shape, data.n_classes, data.seed, [self.branch])
 
 
-def check_branch(job: BranchJob) -> None:
-    """Find out whether a branch may be trained, before any is.
+def check_branches(jobs: Sequence[BranchJob]) -> None:
+    """Find out whether these branches may be trained here and now, before any is.
 
-    Raises: RunError if it was begun with other settings, is in training by another process, or its files cannot be
-    read; ConfigError if it is to be stacked and cannot.
+    Raises: as `check_branch`; RunError if one is in training by another process; LeaveError if asked to leave while an
+    owner's sign of life is waited for.
+    """
+    for job in jobs:
+        check_branch(job)
+    lost = refuse_owned([(job.paths, job.branch) for job in jobs])
+    for job in jobs:
+        job.lost_attempt = lost.get(job.branch)
+
+
+def check_branch(job: BranchJob) -> None:
+    """Find out whether the settings of a branch let it be trained.
+
+    Raises: RunError if it was begun with other settings; ConfigError if it is to be stacked and cannot.
     """
     check_same_config(job)
     check_callbacks(job.trainer_settings.get("callbacks") or [])
     if job.options.stack is True and (reason := why_not_stacked(job, job.built_module())):
         raise ConfigError(f"run.stack=true: {reason}; run.stack=auto trains the branches one after the other")
-    refuse_if_owned(job.paths, job.branch)
 
 
 # What Lightning would call around a step, which the module makes by itself.

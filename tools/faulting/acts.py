@@ -19,6 +19,7 @@ from stl_lightning.exits import FENCED, REFUSED
 from stl_lightning.paths import BranchPaths
 
 REFUSALS = ("at work already", "is in training by", "newer attempt", "was begun by")
+RESTARTED_S = 300.0  # in which a branch is tried again, if its launcher was killed by when the others are through
 WRITING_S = 1.5  # in which a rank begins to write a checkpoint
 
 
@@ -111,7 +112,8 @@ def truncate(scene: Scene, branch: int, rng: random.Random) -> Act:
     if file == paths.best:
         return what
     step = scene.progress(branch).step
-    yield Until(lambda: "Delete it" in (scene.status(branch).error or "") or scene.progress(branch).step > step)
+    is_told = lambda: "Delete it" in (scene.status(branch).error or "")  # noqa: E731
+    yield Until(lambda: is_told() or scene.progress(branch).step > step, RESTARTED_S)
     error = scene.status(branch).error or ""
     if str(file) not in error:
         raise Wrong(f"{what}, and the branch went on: {error or 'no error'}")

@@ -105,13 +105,11 @@ def campaign(
 
 
 def _lanes(planned: dict[str, list[str]], n_enough: int) -> Iterator[tuple[str, str, list[str]]]:
-    """A process for this machine, and one or two for SLURM, each with a cluster: nodes make one wait."""
-    if planned.get("local"):
-        yield "local", "local", planned["local"]
-    kinds = planned.get("slurm", [])
-    n_clusters = 2 if len(kinds) > n_enough else 1
-    for i in range(n_clusters if kinds else 0):
-        yield f"slurm{i}", "slurm", kinds[i::n_clusters]
+    """One or two processes for each place, those for SLURM each with a cluster of its own: faults make one wait."""
+    for where, kinds in planned.items():
+        n_lanes = min(len(kinds), 2 if len(kinds) > n_enough else 1)
+        for i in range(n_lanes):
+            yield f"{where}{i}", where, kinds[i::n_lanes]
 
 
 PRIVATE = ("unshare", "--mount", "--propagation=private")  # mounts of a campaign are seen by itself only

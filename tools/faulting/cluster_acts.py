@@ -111,7 +111,7 @@ def launch_twice(scene: Any, branch: int, rng: random.Random) -> Act:
         return None
     log = scene.folder / f"second-{branch}-{scene.attempt(branch)}.out"
     options = [*scene.options, f"--array={branch}", f"--output={log}", "--chdir", scene.checkout]
-    job = scene.cluster.submit(*options, "slurm/array.sbatch", CONFIG, *scene.settings, env=scene.environ())
+    job = scene.cluster.submit(*options, "slurm/array.sbatch", CONFIG, *scene.settings, env=scene.ours())
     yield Until(lambda: scene.is_over(job), 120, 1.5)
     text = log.read_text(errors="replace") if log.exists() else ""
     refusals = ("is in training by", "newer attempt", "was begun by", "finished")

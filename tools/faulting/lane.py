@@ -24,7 +24,7 @@ from faulting.slurm import SlurmScene
 from stl_lightning.paths import RunPaths
 
 ROUND_S = 600.0  # after which a run that is not complete counts as not recovered
-SLOW_STEP_S = {"local": 0.08, "slurm": 0.16}
+SLOW_STEP_S = {"local": 0.08, "slurm": 0.4}
 DISK_BYTES = 24 << 20
 
 

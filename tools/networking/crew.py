@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from networking import conventional
-from networking.nodes import LINKS, Nodes
+from networking.nodes import LINKS, MALLOC, Nodes
 from networking.work import CLOCK, N_BRANCHES, N_WORKERS, WORKER, EpochLog, Record, Work
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -149,5 +149,6 @@ def environ(i: int, alone: bool) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER)}
     paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(CHECKOUT), str(CHECKOUT / "tools")]
     ours = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", WORKER: str(i)}
+    ours |= {variable: str(n_bytes) for variable, (_, n_bytes) in MALLOC.items()}
     numbers = {"STEP_ID": 0, "PROCID": i, "NTASKS": N_WORKERS, "LOCALID": 0, "NODEID": i}
     return kept | ours | ({} if alone else {f"SLURM_{name}": str(number) for name, number in numbers.items()})

@@ -61,7 +61,7 @@ def bars(axis: Any, record: Row, links: Sequence[str], value: str, spread: str, 
         found = [rows[method, link] for link in links]
         places = [j + (i - (len(LOOKS) - 1) / 2) * width for j in range(len(links))]
         heights, errors = [row[value] for row in found], [row[spread] for row in found]
-        label = NAMES[method].format(**record["work"]).replace("`", "")
+        label = NAMES[method].format(**record["work"]).replace("`", "") + f": {size(found[-1])}"
         drawn = axis.bar(
             places, heights, 0.92 * width, yerr=errors, color=colour, hatch=hatch, edgecolor="black", linewidth=0.6,
             label=label, error_kw={"linewidth": 1, "capsize": 3},
@@ -77,6 +77,14 @@ def bars(axis: Any, record: Row, links: Sequence[str], value: str, spread: str, 
     axis.margins(x=0.02, y=0.1)
     axis.set_xticks(range(len(links)), links)
     axis.set(title=title, ylabel=unit, xlabel="link of each worker")
+
+
+def size(row: Row) -> str:
+    n_bytes = row["bytes_per_step_per_worker"]
+    for unit, factor in (("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= factor / 10:
+            return f"{n_bytes / factor:.2g} {unit} a step"
+    return f"{n_bytes:.0f} bytes a step"
 
 
 def curves(axis: Any, record: Row, link: str, faster: float) -> None:

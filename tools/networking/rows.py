@@ -14,6 +14,7 @@ DEFINITION = {
     "CPU quota in periods of 4 ms, with precedence before other work; worker i is pinned to core i mod (number of "
     "cores), with one thread. All four run at once in every row: for `one worker` four independent copies each do "
     "the work of one, so that caches and memory are shared as elsewhere",
+    "memory": "glibc gives none back (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_): page faults depend on chance",
     "epoch": "one pass over all images. Conventional network: each of four workers trains on its quarter, with a "
     "quarter of the batch (strong scaling). Spectral: all four branches, each on all images, a branch a worker; the "
     "one worker trains the branches one after the other. Without validation, checkpoints and evaluation",

@@ -15,7 +15,7 @@ from benchmarks.machine import machine, versions
 from networking import model
 from networking.images import write_images
 from networking.measure import CASES, QUICK_CASES, Repetition, in_turns
-from networking.nodes import LINKS
+from networking.nodes import LINKS, check_tools
 from networking.rows import DEFINITION, rows
 from networking.work import N_WORKERS, Record, Work
 
@@ -25,6 +25,7 @@ def study(data_root: Path, n_repetitions: int, quick: bool, cores: float | None)
 
     Raises: Unavailable without namespaces, DataError without images, MeasurementError if a training fails.
     """
+    check_tools()
     here, began_s = machine(), time.monotonic()
     torch.set_num_threads(1)  # of the workers too, which are forks; a thread pool here would be missing there
     with tempfile.TemporaryDirectory() as folder:
