@@ -205,6 +205,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._saved_step, self._saved_at = trainer.global_step, time.monotonic()
+        _forget_half_a_chunk(trainer)
         if self._rng is not None:
             _restore_rng(self._rng, module.device)
 
@@ -245,6 +246,18 @@ class LastCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._rng = checkpoint["rng"]
+
+
+def _forget_half_a_chunk(trainer: Trainer) -> None:
+    """Where a chunk was left half-way, have Lightning count it as not begun.
+
+    It starts its count of the epoch anew, but keeps the one of the whole training: from each later checkpoint it would
+    conclude that the last chunk was not done, wait for one more than there are, and leave out the epoch's validation.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if not loop.restarted_on_train_batch_end:
+        total = loop.batch_progress.total
+        total.ready = total.started = total.processed = total.completed
 
 
 class BestCheckpoint(Checkpoint):

@@ -136,7 +136,7 @@ class Nodes:
         if node not in self._init:
             raise Unavailable(f"{node} has no power")
         target = child_of(self._init[node])
-        return ["nsenter", f"--target={target}", "--mount", "--uts", "--ipc", "--net", "--pid", f"--wdns={cwd}"]
+        return ["nsenter", f"--target={target}", "--mount", "--uts", "--ipc", "--net", "--pid", "env", "-C", str(cwd)]
 
     def _daemon(self, node: str, *command: str) -> subprocess.Popen[str]:
         if self.mode == "plain":
@@ -169,7 +169,8 @@ class Nodes:
         init = self._init.pop(node)
         os.kill(child_of(init), signal.SIGKILL)
         init.wait()
-        end(self._daemons.pop(node))
+        if slurmd := self._daemons.pop(node, None):
+            end(slurmd)
 
     def cut_link(self, node: str) -> None:
         """No packet gets through any more; what runs on the node goes on running."""
@@ -178,6 +179,7 @@ class Nodes:
 
     def heal_link(self, node: str) -> None:
         """The link of `cut_link` works again."""
+        self._need_namespaces("heal_link")
         self._ip("link", "set", self._port(node), "up")
 
     def _end_all(self) -> None:

@@ -95,13 +95,19 @@ def test_who_is_asked_before_the_first_step_begins_nothing(tmp_path: Path) -> No
     assert not jobs[0].paths.folder.exists()
 
 
-def test_left_twice_in_one_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    undisturbed = train(tmp_path / "undisturbed", [0, 1], trainer=EXACT)
-    for step in (3, 4, 9):
-        left = leave_at(tmp_path / "left", step, monkeypatch, trainer=EXACT, options={"stack": True})
-    assert read_status(left[0].paths, 0).attempt == 3
-    again = train(tmp_path / "left", [0, 1], trainer=EXACT)
-    assert_same(state(undisturbed[1]), state(again[1]))
+@pytest.mark.parametrize("steps", [(3, 4, 9), (3, 5), (3, N_STEPS + 5), (3, N_STEPS, N_STEPS + 10)], ids=str)
+def test_left_again_and_again(steps: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a chunk, at the end of one, at the end of an epoch: no validation is left out after any."""
+    settings = {"trainer": EXACT, "options": {"stack": True, "chunk": 5}}
+    undisturbed = train(tmp_path / "undisturbed", [0, 1], **settings)
+    for step in steps:
+        left = leave_at(tmp_path / "left", step, monkeypatch, **settings)
+    assert read_status(left[0].paths, 0).attempt == len(steps)
+    again = train(tmp_path / "left", [0, 1], **settings)
+    for a, b in zip(undisturbed, again, strict=True):
+        assert_same(state(a), state(b))
+        assert_same(state(a, "best"), state(b, "best"))
+        assert rows(a) == rows(b)
 
 
 def test_a_second_interrupt_ends_at_once() -> None:

@@ -100,6 +100,12 @@ def test_more_nodes_and_faster_ones_wait_longer_but_for_spectral_training() -> N
     assert {row["efficiency"] for row in found if row["method"] == "spectral"} == {1.0}
 
 
+def test_the_latency_is_the_least_that_was_seen() -> None:
+    busy = model.Network(NETWORK.bytes_per_s, 3 * NETWORK.latency_s)
+    said = model.carried(synthetic_rows(), {"100 Mbit/s": busy, "1 Gbit/s": NETWORK}, WORK)
+    assert said["modelled"] == model.modelled(synthetic_rows(), {"100 Mbit/s": NETWORK}, WORK)
+
+
 def test_small_messages_take_the_tree() -> None:
     n_nodes = 1024
     small, large = model.Exchange(100, 1), model.Exchange(1e9, 1)

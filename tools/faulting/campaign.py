@@ -16,6 +16,10 @@ from faulting.kinds import KINDS
 
 HERE = Path(__file__).resolve().parent
 RANKS = HERE / "ranks"
+RANKS_ARE = {
+    "local": "processes forked from one that has imported everything",
+    "slurm": "new interpreters that leave out torchvision, torch's compiler and FSDP",
+}
 # Of a kind that is done in both places, the part that is done on SLURM, where it costs more time.
 SLURM_PART = 0.1
 QUICK = {"local": ["sigkill_rank", "truncated_checkpoint", "rename_failure", "two_launches", "disk_full"], "slurm": []}

@@ -7,7 +7,7 @@ from faulting.scene import CONFIG
 from faulting.waiting import Act, Until, Wrong, seconds
 
 REQUEUED_S = 180.0  # in which a task begins again; on a busy machine its imports alone take a minute
-NOTICED_S = 15.0  # in which a rank that was replaced finds out: its next checkpoint, or beat
+NOTICED_S = 60.0  # in which a rank that was replaced leaves; on a busy machine the end of its interpreter takes longest
 
 
 def requeue(scene: Any, branch: int, rng: random.Random) -> Act:

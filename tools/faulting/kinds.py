@@ -8,11 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """One row of `KINDS`. `whole`: it does harm to all branches; `early`: also to one that has not begun yet."""
+    """One row of `KINDS`.
+
+    `whole`: it does harm to all branches; `to_supervisor`: so it does where they have one supervisor; `early`: also to
+    a branch that has not begun yet.
+    """
 
     act: str  # module of this package, and function in it
     where: tuple[str, ...]
     whole: bool = False
+    to_supervisor: bool = False
     early: bool = False
 
     def function(self) -> Callable[..., Any]:
@@ -24,9 +29,9 @@ BOTH, LOCAL, SLURM = ("local", "slurm"), ("local",), ("slurm",)
 KINDS = {
     "sigkill_rank": Kind("acts.kill_rank", BOTH, early=True),
     "sigterm_rank": Kind("acts.terminate_rank", BOTH, early=True),
-    "sigusr1": Kind("acts.warn_rank", BOTH, early=True),
-    "sigkill_supervisor": Kind("acts.kill_supervisor", BOTH, early=True),
-    "sigterm_supervisor": Kind("acts.terminate_supervisor", BOTH, early=True),
+    "sigusr1": Kind("acts.warn_rank", BOTH, to_supervisor=True, early=True),
+    "sigkill_supervisor": Kind("acts.kill_supervisor", BOTH, to_supervisor=True, early=True),
+    "sigterm_supervisor": Kind("acts.terminate_supervisor", BOTH, to_supervisor=True, early=True),
     "requeue": Kind("cluster_acts.requeue", SLURM),
     "slurmd_killed": Kind("cluster_acts.kill_slurmd", SLURM),
     "power_cut": Kind("cluster_acts.cut_power", SLURM),

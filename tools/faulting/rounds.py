@@ -19,12 +19,16 @@ EARLY = 0.15  # of the faults that a branch may suffer at its start are such
 Row = dict[str, Any]
 
 
+def hits_all(kind: str, scene: Scene) -> bool:
+    return KINDS[kind].whole or (KINDS[kind].to_supervisor and scene.has_one_supervisor)
+
+
 class Fault:
     """One fault in its course: done, healed, got over. `row` is what is kept of it."""
 
     def __init__(self, scene: Scene, kind: str, branch: int, finished: list[int], rng: random.Random) -> None:
         self.scene, self.kind = scene, kind
-        is_whole = KINDS[kind].whole or (kind.endswith("_supervisor") and scene.has_one_supervisor)
+        is_whole = hits_all(kind, scene)
         self.branches = list(range(N_BRANCHES)) if is_whole else [branch]
         self.at = {b: scene.progress(b) for b in self.branches}
         self.began = time.monotonic()
@@ -133,7 +137,7 @@ class Round:
         suffering = {branch for fault in self.faults if "recovery_s" not in fault.row for branch in fault.branches}
         is_early = kind.early and self.rng.random() < EARLY
         fits: Callable[[int], bool] = (lambda b: not self.scene.is_finished(b)) if is_early else self.scene.is_training
-        if suffering and (kind.whole or (self.scene.has_one_supervisor and name.endswith("_supervisor"))):
+        if suffering and hits_all(name, self.scene):
             return None
         branches = [branch for branch in range(N_BRANCHES) if branch not in suffering and fits(branch)]
         return self.rng.choice(branches) if branches else None
