@@ -256,7 +256,7 @@ def _forget_half_a_chunk(trainer: Trainer) -> None:
     """
     loop = trainer.fit_loop.epoch_loop
     if not loop.restarted_on_train_batch_end:
-        total = loop.batch_progress.total
+        total: Any = loop.batch_progress.total
         total.ready = total.started = total.processed = total.completed
 
 

@@ -62,7 +62,7 @@ def test_every_kind_has_a_function(kind: str) -> None:
 
 
 def test_the_record_counts_rows_and_rounds() -> None:
-    row = {"kind": "requeue", "where": "slurm", "branch": 0, "at": {"step": 3}, "happened": "x"}
+    row = {"kind": "requeue", "where": "slurm", "branches": [0], "at": {"step": 3}, "happened": "x"}
     rows = [row | {"recovered": True}, row | {"recovered": False, "problems": ["branch 0 has not finished"]}]
     made = record([{"lost_branches": 1, "wrong_results": 2, "notes": ["x"], "resubmitted": 3}], rows)
     figures = ("injected", "recovered", "lost_branches", "wrong_results", "resubmitted")

@@ -179,7 +179,7 @@ def statuses(**by_state: Sequence[int]) -> dict[int, Status]:
         (75, statuses(finished=[0], interrupted=[1, 2]), {}, [[1, 2]]),
         (2, statuses(pending=[0, 1]), {}, [[0], [1]]),  # one of them is refused, the other may not be
         (2, statuses(pending=[0]), {0: 1}, []),
-        (76, statuses(running=[0]), {0: 1}, []),
+        (74, statuses(running=[0]), {0: 1}, []),
     ],
 )
 def test_how_branches_go_on_after_their_worker(

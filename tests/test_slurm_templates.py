@@ -101,6 +101,39 @@ def test_wrong_use_is_refused_with_the_usage(
     assert "usage: sbatch --" in refused.stderr
 
 
+@pytest.mark.parametrize("template", TRAINING)
+@pytest.mark.parametrize(
+    ("code", "state", "restarts", "requeued"),
+    [
+        (75, "RUNNING None", "", True),
+        (75, "COMPLETING TimeLimit", "2", True),
+        (75, "RUNNING None", "3", False),  # as often as it may
+        (75, "COMPLETING None", "", False),  # cancelled, or requeued by SLURM
+        (75, "", "", False),
+        (1, "RUNNING None", "", False),
+        (0, "RUNNING None", "", False),
+    ],
+)
+def test_who_puts_himself_into_the_queue_again(
+    template: str, code: int, state: str, restarts: str, requeued: bool, tmp_path: Path
+) -> None:
+    commands = {"srun": f"exit {code}", "squeue": f"echo {state}", "scontrol": f'echo "$@" >{tmp_path}/requeued'}
+    for name, what in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{what}\n")
+        (tmp_path / name).chmod(0o755)
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    environ |= TASK if template == "array" else JOB | {"SLURM_NNODES": "1"}
+    environ |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STL_REQUEUES": "3"}
+    environ |= {"SLURM_RESTART_COUNT": restarts} if restarts else {}
+    script = ["bash", TEMPLATES / f"{template}.sbatch", CHECKOUT / DIGITS]
+    ended = subprocess.run(script, env=environ, capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
+    job = "7_3" if template == "array" else "7"
+    asked = (tmp_path / "requeued").read_text() if (tmp_path / "requeued").exists() else None
+    assert asked == (f"requeue {job}\n" if requeued else None)
+    assert ("time limit too short" in ended.stderr) == (restarts == "3")
+
+
 # --- with a command that stands for `stl`: what is started where, and what a signal does
 
 

@@ -195,12 +195,16 @@ def shift_clock(scene: Scene, branch: int, rng: random.Random) -> Act:
 
 
 def _judged(scene: Scene, branch: int, wanted: str, within_s: float) -> Generator[Until, None, None]:
-    """Raises: Wrong if `stl status` does not come to call the branch `wanted`."""
-    deadline = time.monotonic() + within_s
+    """Raises: Wrong if `stl status` does not come to call the branch `wanted`, and nobody else has taken it."""
+    deadline, attempt = time.monotonic() + within_s, scene.attempt(branch)
     said = ""
     while time.monotonic() < deadline:
         said, age_s = scene.judged(branch)
-        if said == "finished" or (said == wanted and age_s is not None and age_s < UNTIL_S):
+        if (
+            said == "finished"
+            or scene.attempt(branch) > attempt
+            or (said == wanted and age_s is not None and age_s < UNTIL_S)
+        ):
             return
         yield seconds(1)
     raise Wrong(f"`stl status` called branch {branch} {said}, expected {wanted}")

@@ -1,6 +1,7 @@
 """What is compared: final weights with those of a run without faults, to the bit; finished branches with themselves."""
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -21,19 +22,25 @@ class Outcome:
     epoch: int
     step: int
     loss: float | None
+    metrics: tuple[str, ...]  # the rows of metrics.csv but for the time
 
     @classmethod
     def of(cls, paths: BranchPaths, branch: int) -> "Outcome":
         """Raises: CheckpointError, RunError if a file is missing or damaged."""
         status, last = read_status(paths, branch), load_checkpoint(paths.last)
         best = load_checkpoint(paths.best)["state_dict"]
-        return cls(best, last["state_dict"], status.epoch, last["global_step"], status.loss)
+        rows = paths.metrics.read_text().splitlines() if paths.metrics.exists() else ()
+        metrics = tuple(row.rpartition(",")[0] for row in rows)  # epoch_s is the last column
+        return cls(best, last["state_dict"], status.epoch, last["global_step"], status.loss, metrics)
 
     def difference(self, other: "Outcome") -> str | None:
         """What differs in any bit; None if nothing does."""
         if (self.epoch, self.step, self.loss) != (other.epoch, other.step, other.loss):
             mine, theirs = (f"epoch {of.epoch}, step {of.step}, loss {of.loss}" for of in (self, other))
             return f"{mine}; expected {theirs}"
+        for mine, theirs in zip_longest(self.metrics, other.metrics):
+            if mine != theirs:
+                return f"a row of metrics.csv: {mine}; expected {theirs}"
         for name in ("best", "last"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):

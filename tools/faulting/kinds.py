@@ -10,14 +10,15 @@ from typing import Any
 class Kind:
     """One row of `KINDS`.
 
-    `whole`: it does harm to all branches; `to_supervisor`: so it does where they have one supervisor; `early`: also to
-    a branch that has not begun yet.
+    `whole`: it does harm to all branches; `to_supervisor`: so it does where they have one supervisor; `to_node`: to all
+    on the node; `early`: also to a branch that has not begun yet.
     """
 
     act: str  # module of this package, and function in it
     where: tuple[str, ...]
     whole: bool = False
     to_supervisor: bool = False
+    to_node: bool = False
     early: bool = False
 
     def function(self) -> Callable[..., Any]:
@@ -33,10 +34,10 @@ KINDS = {
     "sigkill_supervisor": Kind("acts.kill_supervisor", BOTH, to_supervisor=True, early=True),
     "sigterm_supervisor": Kind("acts.terminate_supervisor", BOTH, to_supervisor=True, early=True),
     "requeue": Kind("cluster_acts.requeue", SLURM),
-    "slurmd_killed": Kind("cluster_acts.kill_slurmd", SLURM),
-    "power_cut": Kind("cluster_acts.cut_power", SLURM),
-    "link_cut": Kind("cluster_acts.cut_link", SLURM),
-    "node_down": Kind("cluster_acts.set_node_down", SLURM),
+    "slurmd_killed": Kind("cluster_acts.kill_slurmd", SLURM, to_node=True),
+    "power_cut": Kind("cluster_acts.cut_power", SLURM, to_node=True),
+    "link_cut": Kind("cluster_acts.cut_link", SLURM, to_node=True),
+    "node_down": Kind("cluster_acts.set_node_down", SLURM, to_node=True),
     "disk_full": Kind("acts.fill_disk", LOCAL, whole=True),
     "truncated_checkpoint": Kind("acts.truncate", LOCAL),
     "rename_failure": Kind("acts.fail_renames", LOCAL),

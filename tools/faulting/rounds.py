@@ -19,8 +19,12 @@ EARLY = 0.15  # of the faults that a branch may suffer at its start are such
 Row = dict[str, Any]
 
 
-def hits_all(kind: str, scene: Scene) -> bool:
-    return KINDS[kind].whole or (KINDS[kind].to_supervisor and scene.has_one_supervisor)
+def hit_by(name: str, scene: Scene, branch: int) -> list[int]:
+    """The branches that a fault of this kind does harm to, if it is aimed at one."""
+    kind = KINDS[name]
+    if kind.whole or (kind.to_supervisor and scene.has_one_supervisor):
+        return list(range(N_BRANCHES))
+    return scene.neighbours(branch) if kind.to_node else [branch]
 
 
 class Fault:
@@ -28,8 +32,7 @@ class Fault:
 
     def __init__(self, scene: Scene, kind: str, branch: int, finished: list[int], rng: random.Random) -> None:
         self.scene, self.kind = scene, kind
-        is_whole = hits_all(kind, scene)
-        self.branches = list(range(N_BRANCHES)) if is_whole else [branch]
+        self.branches = hit_by(kind, scene, branch)
         self.at = {b: scene.progress(b) for b in self.branches}
         self.began = time.monotonic()
         self.act: Act | None = KINDS[kind].function()(scene, branch, rng)
@@ -40,7 +43,7 @@ class Fault:
         self.row: Row = {
             "kind": kind,
             "where": scene.where,
-            "branch": None if is_whole else branch,
+            "branches": self.branches,
             "at": self.at[branch].as_dict(),
             "finished_before": finished,
         }
@@ -137,10 +140,9 @@ class Round:
         suffering = {branch for fault in self.faults if "recovery_s" not in fault.row for branch in fault.branches}
         is_early = kind.early and self.rng.random() < EARLY
         fits: Callable[[int], bool] = (lambda b: not self.scene.is_finished(b)) if is_early else self.scene.is_training
-        if suffering and hits_all(name, self.scene):
-            return None
-        branches = [branch for branch in range(N_BRANCHES) if branch not in suffering and fits(branch)]
-        return self.rng.choice(branches) if branches else None
+        fit = [branch for branch in range(N_BRANCHES) if branch not in suffering and fits(branch)]
+        free = [branch for branch in fit if not suffering & set(hit_by(name, self.scene, branch))]
+        return self.rng.choice(free) if free else None
 
     def _is_complete(self) -> bool:
         is_acting = any(fault.is_acting for fault in self.faults)

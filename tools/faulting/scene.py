@@ -98,6 +98,12 @@ class Scene:
             self.status(branch).state == "running" and self.progress(branch).step > 0 and self.rank(branch) is not None
         )
 
+    def neighbours(self, branch: int) -> list[int]:
+        """The branches that train on the same node, this one included."""
+        host = self.status(branch).host
+        there = (self.status(other) for other in range(N_BRANCHES) if not self.is_finished(other))
+        return sorted({branch, *(status.branch for status in there if status.host == host and status.attempt)})
+
     def end_of(self, rank: Rank, timeout_s: float = UNTIL_S, every_s: float = 0.05) -> Until:
         return Until(lambda: not self.lives(rank), timeout_s, every_s)
 

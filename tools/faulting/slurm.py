@@ -85,7 +85,7 @@ class SlurmScene(Scene):
     def n_fenced(self) -> int:
         """How many ranks have found out that they were replaced, by what they printed."""
         logs = self.paths.logs.iterdir() if self.paths.logs.exists() else ()
-        return sum(log.read_text(errors="replace").count("a newer attempt has taken") for log in logs)
+        return sum(log.read_text(errors="replace").count("stl fit: a newer attempt has taken") for log in logs)
 
     def take_node(self, branch: int) -> str | None:
         """The node of a branch, for one fault at a time; at most two at once, so that there are places to go."""
