@@ -200,11 +200,8 @@ def _judged(scene: Scene, branch: int, wanted: str, within_s: float) -> Generato
     said = ""
     while time.monotonic() < deadline:
         said, age_s = scene.judged(branch)
-        if (
-            said == "finished"
-            or scene.attempt(branch) > attempt
-            or (said == wanted and age_s is not None and age_s < UNTIL_S)
-        ):
+        is_young = age_s is not None and age_s < UNTIL_S
+        if said == "finished" or scene.attempt(branch) > attempt or (said == wanted and is_young):
             return
         yield seconds(1)
     raise Wrong(f"`stl status` called branch {branch} {said}, expected {wanted}")

@@ -156,4 +156,5 @@ def line(row: dict[str, Any]) -> str:
     verdict = "recovered" if row["recovered"] else f"NOT RECOVERED: {'; '.join(row['problems'])}"
     took = f" {row['recovery_s']:6.1f} s" if "recovery_s" in row else ""
     target = ",".join(map(str, row["branches"]))
-    return f"{row['where']:5} {row['kind']:20} {target:7} at step {row['at']['step']:3}: {row['happened']}: {verdict}{took}"
+    what = f"{row['where']:5} {row['kind']:20} {target:7} at step {row['at']['step']:3}"
+    return f"{what}: {row['happened']}: {verdict}{took}"
