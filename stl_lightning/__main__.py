@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
-from importlib.metadata import version
 
 from stl_lightning import leaving
 from stl_lightning.errors import FencedError, LeaveError, STLError
@@ -49,6 +48,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(usage())
         return DONE
     if name == "--version":
+        from importlib.metadata import version  # takes longer to import than all of `stl --help`
+
         print(f"stl_lightning {version('stl-lightning')}")
         return DONE
     if name not in COMMANDS:

@@ -30,7 +30,14 @@ from stl_lightning.slices import Statistics
 from stl_lightning.status import Status, read_status, write_status
 from stl_lightning.strategy import alone
 from stl_lightning.tracking import TrackingOptions
-from stl_lightning.training import BranchJob, check_branch, check_branches, make_trainer, train_branches
+from stl_lightning.training import (
+    BranchJob,
+    check_branch,
+    check_branches,
+    check_trainer_settings,
+    make_trainer,
+    train_branches,
+)
 
 
 class Dropped(Exception):
@@ -305,6 +312,11 @@ def test_a_branch_in_training_elsewhere_on_this_machine_is_left_to_it(tmp_path: 
         check_branches([job])
     write_status(job.paths, Status(0, "running", pid=2**22 + 1))  # above any process number: it was killed
     check_branches([job])
+
+
+def test_a_callback_that_is_no_list_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.callbacks: expected a list"):
+        check_trainer_settings({"max_epochs": 1, "callbacks": RichProgressBar()})
 
 
 def test_a_tracker_that_cannot_start_fails_its_branch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ def full_parser() -> argparse.ArgumentParser:
     """Every command with every option. Only completion needs them all at once."""
     from stl_lightning.cli.config import SpectralCLI
     from stl_lightning.cli.ensemble import ensemble_parser
+    from stl_lightning.cli.launch import launch_parser, resubmit_parser
+    from stl_lightning.cli.status import cancel_parser, status_parser
     from stl_lightning.cli.store import prepare_parser, verify_parser
 
     parser = argparse.ArgumentParser(prog="stl")
@@ -32,8 +34,12 @@ def full_parser() -> argparse.ArgumentParser:
     with_config = SpectralCLI([], "fit").parser
     own = {
         "ensemble": [ensemble_parser()],
-        # A parser of its own: `resolve` takes the options that are there twice away from the one that came first.
+        # Parsers of their own: `resolve` takes the options that are there twice away from the one that came first.
         "prepare": [SpectralCLI([], "prepare").parser, prepare_parser()],
+        "launch": [SpectralCLI([], "launch").parser, launch_parser()],
+        "status": [status_parser()],
+        "resubmit": [resubmit_parser()],
+        "cancel": [cancel_parser()],
         "verify": [verify_parser()],
     }
     for name, (_, what) in COMMANDS.items():

@@ -75,7 +75,8 @@ def _ask(jobs: Iterable[str], launches: Sequence[Launch]) -> Queue:
     here = {launch.jobs["branches"]: launch for launch in launches if launch.is_local and is_here(launch.host)}
     local: dict[str, Job] = {}
     for job, launch in here.items():
-        is_running = launch.launcher is not None and launch.launcher.is_alive()
+        processes = [launch.launcher, *launch.workers]  # workers outlive a launcher that is killed
+        is_running = any(process is not None and process.is_alive() for process in processes)
         local[job] = Job(job, "running" if is_running else "over", start_s=launch.when)
     return replace(queue, jobs={**queue.jobs, **local})
 

@@ -39,6 +39,9 @@ def check_trainer_settings(settings: dict[str, Any]) -> dict[str, Any]:
             f"trainer.precision: expected 32-true, bf16-mixed or bf16-true, got {settings['precision']}; the loss "
             "scaling of half precision would be shared between branches"
         )
+    if not isinstance(settings.get("callbacks") or [], list | tuple):
+        what = "expected a list; on the command line, --trainer.callbacks+=CLASS adds to it"
+        raise ConfigError(f"trainer.callbacks: {what}; got {settings['callbacks']}")
     _check_step_settings(settings)
     return {key: value for key, value in settings.items() if key not in OWN_TRAINER_SETTINGS}
 

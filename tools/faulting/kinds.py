@@ -11,7 +11,7 @@ class Kind:
     """One row of `KINDS`.
 
     `whole`: it does harm to all branches; `to_supervisor`: so it does where they have one supervisor; `to_node`: to all
-    on the node; `early`: also to a branch that has not begun yet.
+    on the node; `early`: also to a branch that has not begun yet, `late`: also to one that has finished.
     """
 
     act: str  # module of this package, and function in it
@@ -20,6 +20,7 @@ class Kind:
     to_supervisor: bool = False
     to_node: bool = False
     early: bool = False
+    late: bool = False
 
     def function(self) -> Callable[..., Any]:
         module, name = self.act.split(".")
@@ -39,7 +40,7 @@ KINDS = {
     "link_cut": Kind("cluster_acts.cut_link", SLURM, to_node=True),
     "node_down": Kind("cluster_acts.set_node_down", SLURM, to_node=True),
     "disk_full": Kind("acts.fill_disk", LOCAL, whole=True),
-    "truncated_checkpoint": Kind("acts.truncate", LOCAL),
+    "truncated_checkpoint": Kind("acts.truncate", LOCAL, late=True),
     "rename_failure": Kind("acts.fail_renames", LOCAL),
     "two_launches": Kind("acts.launch_twice", BOTH),
     "clock_skew": Kind("acts.shift_clock", BOTH),

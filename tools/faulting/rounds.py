@@ -135,11 +135,14 @@ class Round:
         return fault
 
     def _target(self, name: str) -> int | None:
-        """A branch that trains and has got over earlier faults; for some kinds also one that has just begun."""
+        """A branch that trains and has got over earlier faults; for some kinds one that has just begun, or finished."""
         kind = KINDS[name]
         suffering = {branch for fault in self.faults if "recovery_s" not in fault.row for branch in fault.branches}
-        is_early = kind.early and self.rng.random() < EARLY
-        fits: Callable[[int], bool] = (lambda b: not self.scene.is_finished(b)) if is_early else self.scene.is_training
+        fits: Callable[[int], bool] = self.scene.is_training
+        if kind.early and self.rng.random() < EARLY:
+            fits = lambda b: not self.scene.is_finished(b)  # noqa: E731
+        elif kind.late and self.scene.finished():
+            fits = self.scene.is_finished
         fit = [branch for branch in range(N_BRANCHES) if branch not in suffering and fits(branch)]
         free = [branch for branch in fit if not suffering & set(hit_by(name, self.scene, branch))]
         return self.rng.choice(free) if free else None
