@@ -18,8 +18,8 @@ from stl_lightning.paths import RunPaths
 CHECKOUT = Path(__file__).resolve().parent.parent
 DIGITS = CHECKOUT / "configs" / "digits.yaml"
 
-# Each rank has one thread here, `stl run` two, and stacks its branches: sums are taken in another order. Where a gradient
-# is almost zero, Adam turns its rounding into a whole step; so in 64 bits, where 30 epochs of it stay below this.
+# Each rank has one thread here, `stl run` two, and stacks its branches: sums are taken in another order. Where a
+# gradient is almost zero, Adam turns its rounding into a whole step; so in 64 bits, where 30 epochs stay below this.
 PRECISION = "--trainer.precision=64-true"
 TOLERANCE = 1e-6
 

@@ -1,6 +1,5 @@
 """stl's side of a comparison: its training, an epoch a turn, and its commands in processes of their own."""
 
-import math
 import os
 import subprocess
 import sys
