@@ -80,6 +80,9 @@ def _finished(jobs: Sequence[BranchJob]) -> tuple[list[tuple[BranchJob, Outputs]
     usable, left_out = [], {}
     for job in jobs:
         status = _status(job)
+        if status.state == "pending" and status.attempt:
+            left_out[job.branch] = f"there is no checkpoint {job.paths.best}; train the branch with `stl fit`"
+            continue
         if status.state != "finished":
             left_out[job.branch] = f"it has not finished: {status.state}, epoch {status.epoch}"
             continue
