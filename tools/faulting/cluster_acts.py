@@ -7,6 +7,7 @@ from faulting.scene import CONFIG
 from faulting.waiting import Act, Until, Wrong, seconds
 
 REQUEUED_S = 180.0  # in which a task begins again; on a busy machine its imports alone take a minute
+CLEAN_S = 30.0  # in which SLURM ends what a lost node still runs, once it has it back
 NOTICED_S = 60.0  # in which a rank that was replaced leaves; on a busy machine the end of its interpreter takes longest
 
 
@@ -35,7 +36,8 @@ def kill_slurmd(scene: Any, branch: int, rng: random.Random) -> Act:
     yield seconds(rng.uniform(0.5, 3))
     scene.cluster.start_slurmd(node)
     if is_noticed:
-        scene.cluster.resume(node)
+        yield from _clean(scene, node)
+        scene.resume(node)
     scene.nodes_in_use.discard(node)
     return happened
 
@@ -67,7 +69,8 @@ def cut_link(scene: Any, branch: int, rng: random.Random) -> Act:
         scene.cluster.set_down(node)  # what the controller does by itself after half a minute
     n_fenced = yield from _stale_ranks_leave(scene, old)
     scene.cluster.heal_link(node)
-    scene.cluster.resume(node)
+    yield from _clean(scene, node)
+    scene.resume(node)
     scene.nodes_in_use.discard(node)
     return f"the link of {node} was cut; of its branches {sorted(old)}, {n_fenced} ranks found themselves replaced"
 
@@ -81,7 +84,7 @@ def set_node_down(scene: Any, branch: int, rng: random.Random) -> Act:
     for rank, _ in old.values():
         yield scene.end_of(rank)
     yield seconds(rng.uniform(0.5, 5))
-    scene.cluster.resume(node)
+    scene.resume(node)
     scene.nodes_in_use.discard(node)
     return f"{node} with branches {sorted(old)} was set down"
 
@@ -98,6 +101,17 @@ def _stale_ranks_leave(scene: Any, old: dict[int, Any]) -> Any:
         if scene.attempt(branch) > attempt and scene.lives(rank):
             raise Wrong(f"the rank of branch {branch} on {rank.host} goes on although attempt {attempt} was replaced")
     return scene.n_fenced() - n_before
+
+
+def _clean(scene: Any, node: str) -> Any:
+    """Wait until nothing of the old jobs is left on a node, as an administrator does before it is put into service.
+
+    SLURM drains a node on which it wants to start a requeued task whose first start still ends there, and holds the
+    task.
+    """
+    yield Until(lambda: not scene.steps_on(node), CLEAN_S, every_s=1)
+    if steps := scene.steps_on(node):
+        scene.cluster.run("kill", "-KILL", *steps, node=node, check=False)
 
 
 def _replaced(scene: Any, branch: int, attempt: int) -> Until:

@@ -72,6 +72,7 @@ def one_round(
         "host": getattr(scene, "host", None),
         "wall_s": round(time.monotonic() - began, 1),
         "resubmitted": scene.n_resubmitted,
+        "released": getattr(scene, "n_released", 0),
         "lost_branches": len(course.lost),
         "wrong_results": len(course.wrong),
         "notes": course.notes,

@@ -141,7 +141,7 @@ class Round:
         fits: Callable[[int], bool] = self.scene.is_training
         if kind.early and self.rng.random() < EARLY:
             fits = lambda b: not self.scene.is_finished(b)  # noqa: E731
-        elif kind.late and self.scene.finished():
+        elif kind.late and sum(fault.kind == name for fault in self.faults) % 2:  # every second one of a round
             fits = self.scene.is_finished
         fit = [branch for branch in range(N_BRANCHES) if branch not in suffering and fits(branch)]
         free = [branch for branch in fit if not suffering & set(hit_by(name, self.scene, branch))]

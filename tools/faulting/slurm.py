@@ -29,6 +29,7 @@ class SlurmScene(Scene):
         self.nodes_in_use: set[str] = set()
         self.last_look = 0.0
         self.n_stopped = 0
+        self.n_released = 0
 
     def begin(self, *args: str) -> Logged:
         """A command of `stl` on the controller, without waiting for it."""
@@ -87,6 +88,15 @@ class SlurmScene(Scene):
         logs = self.paths.logs.iterdir() if self.paths.logs.exists() else ()
         return sum(log.read_text(errors="replace").count("stl fit: a newer attempt has taken") for log in logs)
 
+    def steps_on(self, node: str) -> list[str]:
+        """The processes by which SLURM watches over jobs on a node."""
+        return self.cluster.run("ps", "-C", "slurmstepd", "-o", "pid=", node=node, check=False).stdout.split()
+
+    def resume(self, node: str) -> None:
+        """Put a node into service again, unless it has come back by itself."""
+        if self.cluster.node_states()[node].startswith(("down", "drain")):
+            self.cluster.resume(node)
+
     def take_node(self, branch: int) -> str | None:
         """The node of a branch, for one fault at a time; at most two at once, so that there are places to go."""
         rank = self.rank(branch)
@@ -117,12 +127,20 @@ class SlurmScene(Scene):
         self.last_look = now
         if not self.paths.launch.exists():
             return self.start()  # it did not come as far as to record itself
+        self._release()
         states = [row["state"] for row in self._status()["branches"]]
         self.n_stopped = self.n_stopped + 1 if {"failed", "lost", "interrupted", "pending"} & set(states) else 0
         if self.n_stopped > 1:
             self.n_stopped = 0
             self.n_resubmitted += 1
             self.launch = self.begin("resubmit", str(self.paths.folder))
+
+    def _release(self) -> None:
+        """Let go what SLURM holds after a start that failed; it waits for somebody to look at the node."""
+        queued = self.cluster.run("squeue", "-h", "-r", "-t", "PD", "-o", "%i %r", check=False).stdout.splitlines()
+        for job in [line.split()[0] for line in queued if "held" in line]:
+            self.n_released += 1
+            self.cluster.run("scontrol", "release", job, check=False)
 
     def close(self) -> None:
         for process in self.started:
