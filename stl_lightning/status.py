@@ -17,7 +17,7 @@ LOST_AFTER_S = 30.0  # without a beat, a process is taken for lost
 
 @dataclass
 class Status:
-    """State of one branch. After a SIGKILL it still says `running`: `is_lost` judges that by the heartbeat's age."""
+    """State of one branch. After a SIGKILL it still says `running`: `launch.judge` goes by the heartbeat's age."""
 
     branch: int
     state: State = "pending"

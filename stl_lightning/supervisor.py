@@ -105,8 +105,8 @@ def run_child(command: Sequence[str], retries: int) -> Ended:
     def hand_on(number: int, frame: object) -> None:
         name = signal.Signals(number).name
         leaving.note(name)
-        if name != "SIGINT":  # a terminal's Ctrl-C reaches the child by itself, and two end it at once
-            child.send_signal(number)
+        # A terminal's Ctrl-C reaches the child by itself, and a second one would end it at once.
+        child.send_signal(signal.SIGTERM if name == "SIGINT" else number)
 
     with leaving.handling(hand_on):
         if leaving.asked():  # between the start of the child and this line

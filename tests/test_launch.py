@@ -426,6 +426,22 @@ def test_when_all_is_done_nothing_is_submitted(
     assert slurm.called() == []
 
 
+def test_options_per_node_are_named_when_tasks_follow(
+    slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank of four on a node had a fourth of its GPUs; a task of an array would have them all."""
+    options = ("--method=srun", "--nodes=2", "--sbatch=--gpus-per-node=4")
+    assert main(digits(tmp_path, *options)) == DONE
+    end(tmp_path, 0, "failed", n_failures=3)
+    for branch in range(1, 4):
+        end(tmp_path, branch, "finished")
+    capsys.readouterr()
+    assert main(["resubmit", str(tmp_path / "digits"), "--dry-run"]) == DONE
+    assert "--gpus-per-node=4 was given for --method srun" in capsys.readouterr().err
+    assert main(["resubmit", str(tmp_path / "digits"), "--dry-run", "--sbatch=--gpus-per-task=1"]) == DONE
+    assert "was given for" not in capsys.readouterr().err
+
+
 def test_again_over_nodes_takes_all_branches(slurm: FakeSlurm, tmp_path: Path) -> None:
     """Ranks divide all branches, and those that have finished end at once."""
     assert main(digits(tmp_path)) == DONE

@@ -319,6 +319,17 @@ def test_what_is_launched_and_not_begun_is_queued(fake: FakeCommand, tmp_path: P
     assert state.exit_code == UNFINISHED
 
 
+def test_a_task_that_slurm_holds_is_named_with_its_cure(fake: FakeCommand, tmp_path: Path) -> None:
+    row = row_22(17, "PENDING", array=17, tasks="0-1") | {"state_reason": "launch failed requeued held"}
+    (tmp_path / "q.json").write_text(json.dumps({"jobs": [row]}))
+    fake("squeue", f"cat {tmp_path}/q.json")
+    launch = Launch("array", "c.yaml", n_branches=2, branches=[0, 1], jobs={"branches": "17"})
+    state = read_run_state(a_run(tmp_path / "run", [None, None], launch))
+    assert [report.state for report in state.branches] == ["queued", "queued"]
+    (note,) = state.notes
+    assert note.endswith("scontrol release 17_0,17_1")
+
+
 def test_an_array_of_another_size_than_the_run(fake: FakeCommand, tmp_path: Path) -> None:
     """Tasks that have no branch are left out; branches without a task are still to be launched."""
     rows = [row_22(17, "PENDING", array=17, tasks="0-9")]

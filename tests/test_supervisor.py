@@ -186,7 +186,7 @@ def test_another_job_begins_to_count_anew(supervised: Supervised, tmp_path: Path
     assert process.returncode == DONE
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_child(number: signal.Signals, supervised: Supervised, tmp_path: Path) -> None:
     process = supervised([["wait"], ["finish"]])
     wait_for(lambda: status(tmp_path, 0).state == "running")

@@ -91,6 +91,7 @@ def resubmit(args: list[str]) -> int:
     if not state.launches:
         raise RunError(f"{paths.folder} was not started by `stl launch`, which keeps the config: call `stl launch`")
     planned = _with_options(_as_before(state.launches[-1], settings, given), given)
+    _say([_meant_for_others(state.launches[-1], planned)])
     if planned.folder != os.getcwd():
         paths = RunPaths(paths.folder.absolute())
     if not _choose(planned, state):
@@ -130,6 +131,17 @@ def _as_before(last: Launch, settings: Sequence[str], given: argparse.Namespace)
         has_ensemble=last.has_ensemble,
         n_workers=last.n_workers,
         folder=last.folder,
+    )
+
+
+def _meant_for_others(last: Launch, planned: Launch) -> str | None:
+    """A note on options per node: they were meant for nodes with many ranks, and a task of an array is one."""
+    per_node = [word for word in planned.sbatch if "-per-node" in word or "-per-socket" in word]
+    if not per_node or planned.method == last.method or planned.sbatch != last.sbatch:
+        return None
+    return (
+        f"--sbatch: {' '.join(per_node)} was given for --method {last.method}, and holds for each task of the array "
+        "now; another --sbatch replaces it"
     )
 
 

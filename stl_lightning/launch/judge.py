@@ -93,9 +93,11 @@ class RunState:
 def judge(status: Status, age_s: float, is_gone: bool, jobs: Sequence[Job], retries: int, now_s: float) -> Judged:
     """What a branch is doing.
 
-    `age_s` is the age of its heartbeat, `is_gone` whether its process was of this host and has ended, `jobs` what the
-    scheduler says of its jobs, `retries` how often its job tries it again. A job that is not in `jobs` is one that the
-    scheduler has forgotten, or that was never its own; then the file alone tells.
+    `age_s` is the age of its heartbeat by the clock of the file system, `now_s` the time by SLURM's (its hosts
+    agree, since munge refuses those that do not): only durations are compared. `is_gone` whether its process was of
+    this host and has ended, `jobs` what the scheduler says of its jobs, `retries` how often its job tries it again.
+    A job that is not in `jobs` is one that the scheduler has forgotten, or that was never its own; then the file
+    alone tells.
     """
     if status.state == "finished":
         return "finished"
@@ -104,7 +106,7 @@ def judge(status: Status, age_s: float, is_gone: bool, jobs: Sequence[Job], retr
     if status.state == "running":
         if age_s <= LOST_AFTER_S and not is_gone and (own is None or own.state == "running"):
             return "running"
-        if any(job.state == "waiting" or _began_since(job, now_s - age_s) for job in active):
+        if any(job.state == "waiting" or _began_within(job, age_s, now_s) for job in active):
             return "queued"
         return "lost"
     if any(job.state == "waiting" or job.id != status.job for job in active):
@@ -114,6 +116,6 @@ def judge(status: Status, age_s: float, is_gone: bool, jobs: Sequence[Job], retr
     return status.state
 
 
-def _began_since(job: Job, last_beat_s: float) -> bool:
+def _began_within(job: Job, age_s: float, now_s: float) -> bool:
     """A job that was requeued, or a new one, that has not come to the branch yet."""
-    return job.start_s is not None and job.start_s > last_beat_s
+    return job.start_s is not None and now_s - job.start_s < age_s

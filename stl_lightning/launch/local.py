@@ -19,7 +19,7 @@ from stl_lightning import leaving
 from stl_lightning.attempts import desk_of, process_started
 from stl_lightning.errors import STLError
 from stl_lightning.exits import DONE, FAILED, FENCED, INTERRUPTED, REFUSED
-from stl_lightning.launch.record import Launch, Process, read_launches, write_launch
+from stl_lightning.launch.record import Launch, Process, launching, read_launches, write_launch
 from stl_lightning.paths import RunPaths
 from stl_lightning.status import Status, read_status, write_status
 from stl_lightning.supervisor import N_LOG_LINES, Ended, record_end
@@ -111,7 +111,8 @@ class LocalScheduler:
     def _start_worker(self, slot: int, group: Sequence[int], config: Sequence[str]) -> None:
         self._start(slot, group, *worker_args(config, group))
         self.launch.workers = [Process.of(child.process.pid) for child in self.children]
-        with contextlib.suppress(STLError):  # such as a full disk: `stl cancel` still ends this process
+        # Such as a full disk: `stl cancel` still ends this process.
+        with contextlib.suppress(STLError), launching(self.paths):
             write_launch(self.paths, self.launch)
 
     def _start(self, slot: int, branches: Sequence[int], *args: str) -> Child:
@@ -255,9 +256,9 @@ def _gpus() -> list[str]:
 
 
 def main(run: str) -> int:
-    """Carry out the last launch of a run, which this process was recorded for."""
-    paths = RunPaths(Path(run))
-    launch = read_launches(paths)[-1]
+    """Carry out that launch of a run which this process was recorded for."""
+    paths, me = RunPaths(Path(run)), Process.of(os.getpid())
+    launch = next(launch for launch in read_launches(paths) if launch.launcher == me)
     # What `record_end` notes for a killed worker is of its job, and not of one of SLURM's that this was called in.
     mine = outside_slurm(os.environ) | {"STL_JOB": launch.jobs["branches"]}
     os.environ.clear()

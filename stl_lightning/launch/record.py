@@ -99,7 +99,7 @@ def _launch(row: dict[str, Any]) -> Launch:
 
 
 def write_launch(paths: RunPaths, launch: Launch) -> None:
-    """Add a launch, or write again one that was added before, which only its own process does.
+    """Add a launch, or write again one that was added before. The caller holds `launching`.
 
     Raises: RunError if it cannot be written.
     """

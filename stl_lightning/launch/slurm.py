@@ -35,6 +35,7 @@ class Job:
     limit_s: float | None = None
     start_s: float | None = None
     end_s: float | None = None  # at the latest
+    is_held: bool = False  # until somebody releases it
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def _jobs(row: Mapping[str, Any]) -> list[Job]:
         tasks = from_ranges(row.get("array_task_string") or "") if task is None else [task]
         names = [f"{array}_{number}" for number in tasks]
     limit_s = None if limit_min is None else 60.0 * limit_min
-    return [Job(name, state, "+".join(words), limit_s, start_s, end_s) for name in names]
+    is_held = state == "waiting" and "held" in str(row.get("state_reason")).lower()
+    return [Job(name, state, "+".join(words), limit_s, start_s, end_s, is_held) for name in names]
 
 
 def _number(value: Any, zero: bool = False) -> int | None:

@@ -37,7 +37,7 @@ def read_run_state(paths: RunPaths) -> RunState:
     names = _job_names(launches, statuses)
     retries = {job: launch.retries for launch in launches for job in launch.jobs.values()}
     reports = [_report(paths, report, queue, names.get(report.branch, ()), retries, now_s) for report in read]
-    notes += _ended_jobs(paths, reports, queue, names)
+    notes += _ended_jobs(paths, reports, queue, names) + _held_jobs(queue)
     ensemble = "queued" if _awaits_ensemble(launches, queue) else results
     return RunState(paths, launches, reports, ensemble, queue, notes)
 
@@ -126,7 +126,7 @@ def _report(
         return _unreadable(read.branch, error)
     jobs = [queue.jobs[name] for name in names if name in queue.jobs]
     tries = retries.get(status.job or "", retries.get(base(status.job or ""), 0))
-    state = judge(status, age_s or 0.0, is_gone, jobs, tries, now_s)
+    state = judge(status, age_s or 0.0, is_gone, jobs, tries, time.time())
     active = tuple(job for job in jobs if job.state != "over")
     return replace(read, state=state, age_s=age_s, active=active, problem=status.error if state == "failed" else None)
 
@@ -150,6 +150,13 @@ def _ended_jobs(
         jobs = ", ".join(sorted({last[branch] for branch in ended}))
         notes.append(f"job {jobs} ended before branches {as_ranges(ended)} began: {paths.logs} says why")
     return notes
+
+
+def _held_jobs(queue: Queue) -> list[str]:
+    """SLURM holds a task that it could not start, for fear that the next try ends so too."""
+    held = sorted(job.id for job in queue.jobs.values() if job.is_held)
+    cure = f"once the node that could not start it is in order: scontrol release {','.join(held)}"
+    return [f"SLURM holds job {', '.join(held)}; {cure}"] if held else []
 
 
 def _results(paths: RunPaths, statuses: Mapping[int, Status]) -> EnsembleState:
