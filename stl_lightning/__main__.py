@@ -18,6 +18,8 @@ COMMANDS = {
     "fit": ("fit", "train the branches that this rank owns (under torchrun, srun or a SLURM array, or alone)"),
     "baseline": ("train", "train the conventional network on the whole image"),
     "ensemble": ("ensemble", "combine the finished branches of a run and score them on the test set"),
+    "report": ("report", "draw the figures of a run into RUN/report, and print its tables"),
+    "cost": ("cost", "say what branches and baseline cost: parameters, multiply-adds, memory, bytes, seconds"),
     "validate": ("score", "score the branches of this rank on the validation split"),
     "test": ("score", "score the branches of this rank on the test set"),
     "predict": ("score", "write the logits of the branches of this rank to files"),

@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from stl_lightning.errors import CheckpointError
-from stl_lightning.module import IDENTITY, TOTALS
+from stl_lightning.module import AVERAGES, IDENTITY, TOTALS
 from stl_lightning.paths import BranchPaths, write_atomically
 from stl_lightning.stacked import stack_optimizers, stack_states, unstack_optimizer, unstack_state
 
@@ -123,6 +123,7 @@ PARTS = {
     IDENTITY: Part(lambda of, i: of[i : i + 1], lambda parts: [of for part in parts for of in part]),
     TOTALS: Part(lambda totals, i: totals[i : i + 1].clone(), lambda parts: torch.cat(list(parts))),
     "state_dict": Part(unstack_state, stack_states),
+    AVERAGES: Part(unstack_state, stack_states),
     "SpectralDataModule": Part(_lists_apart, _lists_together),
     "optimizer_states": Part(
         lambda states, i: [unstack_optimizer(state, i) for state in states],
@@ -263,8 +264,9 @@ def _forget_half_a_chunk(trainer: Trainer) -> None:
 class BestCheckpoint(Checkpoint):
     """Keeps `best.ckpt` of each branch, the weights with the best value of `monitor` on the validation split.
 
-    The first of equals. Lightning's ModelCheckpoint forgets the best value when the run directory has been moved, and
-    overwrites the file. With `patience`, a branch has reached its end after so many validations without a better value.
+    The first of equals; with `model.averaging`, the averaged weights, which are what is validated. Lightning's
+    ModelCheckpoint forgets the best value when the run directory has been moved, and overwrites the file. With
+    `patience`, a branch has reached its end after so many validations without a better value.
     """
 
     def __init__(self, monitor: str, patience: int | None, n_branches: int) -> None:

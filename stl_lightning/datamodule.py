@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from stl_lightning.augment import Augment, SliceAugment, can_augment_slices, check_augment
+from stl_lightning.augment import Augment, SliceAugment, SliceMirror, can_augment_slices, check_augment
 from stl_lightning.errors import CheckpointError, ConfigError
 from stl_lightning.images import ImageArray, ImageFiles, as_float
 from stl_lightning.loaders import ResumableLoader
@@ -73,6 +73,8 @@ class SpectralDataModule(LightningDataModule):
         transform: Transform along the tubes: dct, dct2, dft, hadamard, haar, identity, random or klt.
         pad: Pad an image that the block does not divide: reflect or zeros; null makes it an error.
         slices_per_branch: Slices a branch reads: its own and the lowest-frequency others.
+        common_slices: Slices that all branches read in place of their own, which makes them a deep ensemble: a control.
+            With dct2, slice 0 is the average of neighbouring pixels, scaled.
         augment: Random changes of the training images, the same on all ranks; made inside slices where that is exact.
         batch_size: Images per training batch.
         eval_batch_size: Images per validation, test or prediction batch.
@@ -98,6 +100,7 @@ class SpectralDataModule(LightningDataModule):
         transform: str = "dct2",
         pad: Literal["reflect", "zeros"] | None = None,
         slices_per_branch: int = 1,
+        common_slices: list[int] | None = None,
         augment: Augment = Augment(),  # noqa: B008 (frozen)
         batch_size: int = 128,
         eval_batch_size: int = 1024,
@@ -123,6 +126,7 @@ class SpectralDataModule(LightningDataModule):
         self.eval_batch_size = _at_least("data.eval_batch_size", eval_batch_size, 1)
         self.num_workers = _at_least("data.num_workers", num_workers, 0)
         self.slices_per_branch = slices_per_branch
+        self.common_slices = common_slices
         self.augment = None if augment == Augment() else augment
         self.chunk: int | None = None  # training batches that the loader hands out at once
         self._images: dict[str, ImageArray | ImageFiles] = {}
@@ -137,7 +141,7 @@ class SpectralDataModule(LightningDataModule):
         if not branches or not all(0 <= branch < self.n_branches for branch in branches):
             raise ConfigError(f"data.branch: expected 0 to {self.n_branches - 1}, got {list(branches)}")
         self.branches = tuple(branches)
-        self.reads = tuple(slices_of_branch(b, self.slices_per_branch, self.n_branches) for b in branches)
+        self.reads = tuple(self._reads(branch) for branch in branches)
         shapes = {sum(self.spectral.slice_shape(k)[0] for k in reads) for reads in self.reads}
         if len(shapes) > 1:
             raise ConfigError(
@@ -147,6 +151,9 @@ class SpectralDataModule(LightningDataModule):
         self._held: Tensor | None = None  # training slices, computed once
         self._placed: dict[str, RawSlices] = {}  # of each file, where they stay for the training
         self._statistics: Statistics | None = None
+
+    def _reads(self, branch: int) -> tuple[int, ...]:
+        return slices_of_branch(branch, self.slices_per_branch, self.n_branches, self.common_slices)
 
     @property
     def branch(self) -> int:
@@ -166,8 +173,7 @@ class SpectralDataModule(LightningDataModule):
         """
         self._split("train")
         if self.store is not None:
-            reads = [slices_of_branch(branch, self.slices_per_branch, self.n_branches) for branch in branches]
-            self.store.require(wanted(reads))
+            self.store.require(wanted([self._reads(branch) for branch in branches]))
         if self.store is None:  # an augmentation these images do not take
             self._load("train").fetch(torch.arange(0), self.augment, block=self.spectral.block)
         elif self.augment is not None:  # or these slices
@@ -220,9 +226,23 @@ class SpectralDataModule(LightningDataModule):
             self.seed,
         )
 
-    def loader(self, split: Split) -> ResumableLoader:
-        """Batches of one split in stored order, without augmentation."""
+    def check_mirror(self) -> None:
+        """Raises: ConfigError if stored slices of some branch do not determine those of the mirror images."""
+        for branch in range(self.n_branches) if self.store is not None else ():
+            SliceMirror(self.spectral, [self._reads(branch)])
+
+    def mirrored_slices_in(self, split: Split) -> BranchSlices:
+        """The slices of the mirror images, `image.flip(-1)`: made of the images, or of the slices in the store.
+
+        Raises: ConfigError if those do not determine theirs.
+        """
         slices = self.slices_in(split)
+        raw = self._mirrored(self._at_source("test" if split == "test" else "train"))
+        return replace(slices, raw=raw, statistics=self._statistics)
+
+    def loader(self, split: Split, mirrored: bool = False) -> ResumableLoader:
+        """Batches of one split in stored order, without augmentation; of the images or of their mirror images."""
+        slices = self.mirrored_slices_in(split) if mirrored else self.slices_in(split)
         return ResumableLoader(slices, self.eval_batch_size, num_workers=self._workers_for(slices))
 
     def train_dataloader(self) -> ResumableLoader:
@@ -250,6 +270,7 @@ class SpectralDataModule(LightningDataModule):
             **self._split_settings(),
             "stored_as": "float32" if self.store is None else self.store.dtype,
             "slices_per_branch": self.slices_per_branch,
+            "common_slices": self.common_slices,
             "augment": asdict(self.augment) if self.augment else None,
             "seed": self.seed,
         }
@@ -323,9 +344,17 @@ class SpectralDataModule(LightningDataModule):
     def _raw(self, file: File) -> RawSlices:
         if file == "train" and self._held is not None:
             return InMemory(self._held)
+        return self._at_source(file)
+
+    def _at_source(self, file: File) -> FromImages | FromSlices:
         if self.store is None:
             return FromImages(self._load(file), self.spectral, self.reads)
         return FromSlices({k: self.store.slice(file, k) for k in wanted(self.reads)}, self.reads)
+
+    def _mirrored(self, raw: FromImages | FromSlices) -> RawSlices:
+        if isinstance(raw, FromImages):
+            return replace(raw, mirrored=True)
+        return replace(raw, mirror=SliceMirror(self.spectral, self.reads))
 
     def _with_augmentation(self, raw: RawSlices, augment: Augment | None) -> RawSlices:
         if augment is None:

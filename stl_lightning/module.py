@@ -4,6 +4,7 @@ Letters: s branches, n samples, c channels, h w space, k classes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -14,18 +15,22 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from stl_lightning.averaging import Averages, check_averaging
 from stl_lightning.errors import ConfigError, DivergedError
 from stl_lightning.loaders import Chunk
 from stl_lightning.networks import MLP
+from stl_lightning.ranges import as_ranges, by_number
 from stl_lightning.stacked import clip_gradients, stack, stacked_forward
 
 IDENTITY = "stl_lightning"  # key of the identities inside a checkpoint
-TOTALS = "train_totals"  # and of the sums since the epoch began
+TOTALS = "train_totals"  # of the sums since the epoch began
+AVERAGES = "averages"  # and of the averaged weights, beside the weights themselves
 
 NetworkFactory = Callable[[tuple[int, int, int], int], nn.Module]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
+HALF_MAX = torch.finfo(torch.float16).max
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
@@ -43,6 +48,9 @@ class BranchModule(LightningModule):
         label_smoothing: Share of the target spread over all classes, as in torch.nn.CrossEntropyLoss.
         channels_last: Keep images and filters with their channels last in memory, where branches train one by one.
         compile: Mode of torch.compile: default, reduce-overhead (CUDA graphs) or max-autotune; null is off.
+        averaging: Decay of a moving average of the weights, which is validated and kept as the best; null is off.
+        network_of: Options (init_args) of the network of some branches, in place of those in `network`; the keys are
+            branches, such as 0 or 1-3,7.
 
     Raises: DivergedError that names the step, once the training loss of every branch is no longer finite.
     """
@@ -60,26 +68,35 @@ class BranchModule(LightningModule):
         label_smoothing: float = 0.0,
         channels_last: bool = False,
         compile: str | None = None,
+        averaging: float | None = None,
+        network_of: dict[str | int, dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         if lr_interval not in ("epoch", "step"):
             raise ConfigError(f"model.lr_interval: expected epoch or step, got {lr_interval!r}")
         if not 0.0 <= label_smoothing < 1.0:
             raise ConfigError(f"model.label_smoothing: expected a share below 1, got {label_smoothing}")
+        check_averaging(averaging)
         if compile not in (None, *COMPILE_MODES):
             raise ConfigError(f"model.compile: expected null or one of {', '.join(COMPILE_MODES)}, got {compile!r}")
         self.automatic_optimization = False
         self.network_factory = network
+        self.network_of = by_number("model.network_of", network_of or {})
         self.optimizer_factory = optimizer
         self.scheduler_factory = lr_scheduler
         self.lr_interval = lr_interval
         self.label_smoothing = label_smoothing
+        self.averaging = averaging
         self.channels_last = channels_last
         self.compile_mode = compile
         self.network = None
+        self.averages: Averages | None = None  # in training only
+        self._loaded_averages: dict[str, Tensor] | None = None  # of the checkpoint that training goes on from
+        self._validating = ExitStack()
         self.identities: list[dict[str, Any]] = [{}]  # whose weights these are: run, branch, number of branches
         self.gradient_clip: tuple[float, str] | None = None  # limit, and norm or value
         self.accumulate = 1  # minibatches a step
+        self.n_kept_logits = 0  # of the first validation images
         self.is_leaving: Callable[[], bool] = lambda: False  # asked between two steps, also in the middle of a chunk
         self.leave: Callable[[], None] = lambda: None  # called there, if so
         self.has_stepped = True  # after the last minibatch
@@ -88,7 +105,7 @@ class BranchModule(LightningModule):
         self, in_shape: tuple[int, int, int], n_classes: int, seed: int, branches: Sequence[int]
     ) -> "BranchModule":
         """Create the networks. The weights of a branch depend on (seed, branch) alone, not on what happened before."""
-        networks = [self._construct(in_shape, n_classes, branch_seed(seed, branch)) for branch in branches]
+        networks = [self._construct(in_shape, n_classes, seed, branch) for branch in branches]
         self.n_branches = len(networks)
         self.network = networks[0] if len(networks) == 1 else stack(networks)
         # Stacked filters have five dimensions, and a layout that vmap decides.
@@ -105,17 +122,33 @@ class BranchModule(LightningModule):
         )
         return self
 
-    def _construct(self, in_shape: tuple[int, int, int], n_classes: int, seed: int) -> nn.Module:
+    def _construct(self, in_shape: tuple[int, int, int], n_classes: int, seed: int, branch: int) -> nn.Module:
+        options = self.network_of.get(branch, {})
         # On the CPU whatever the accelerator: another device would draw other numbers.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.manual_seed(seed)
+            torch.manual_seed(branch_seed(seed, branch))
             try:
-                return self.network_factory(in_shape, n_classes)
+                return self.network_factory(in_shape, n_classes, **options)
+            except ConfigError as error:
+                if not options:
+                    raise
+                raise ConfigError(f"model.network_of, branch {branch}: {error}") from error
             except TypeError as error:
+                call = ", ".join([str(in_shape), str(n_classes), *(f"{key}={options[key]!r}" for key in options)])
                 raise ConfigError(
-                    f"model.network: expected a class that is called as network(in_shape, n_classes), here "
-                    f"{in_shape}, {n_classes}; it answered: {error}"
+                    f"model.network{f'_of, branch {branch}' if options else ''}: expected a class that is called as "
+                    f"network(in_shape, n_classes), here network({call}); it answered: {error}"
                 ) from error
+
+    def designs(self, n_branches: int) -> list[int]:
+        """One branch of each entry of `network_of`.
+
+        Raises: ConfigError if there is an entry for a branch that does not exist.
+        """
+        unknown = [branch for branch in self.network_of if branch >= n_branches]
+        if unknown:
+            raise ConfigError(f"model.network_of: expected branches 0 to {n_branches - 1}, got {as_ranges(unknown)}")
+        return list({id(options): branch for branch, options in self.network_of.items()}.values())
 
     def check_output(self, in_shape: tuple[int, int, int], n_classes: int) -> None:
         """Raises: ConfigError unless two slices (2 c h w) give logits (2 k)."""
@@ -155,6 +188,13 @@ class BranchModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.train_totals = self.train_totals.to(self.device)
+        if self.averaging is not None:
+            assert self.network is not None, "build() comes before training"
+            self.averages = Averages(self.network, self.averaging, self._loaded_averages)
+
+    def validated_weights(self) -> AbstractContextManager[None]:
+        """Inside, the network has the weights that are validated and kept as the best: the averages, if there are."""
+        return nullcontext() if self.averages is None else self.averages.in_place()
 
     def on_train_epoch_start(self) -> None:
         self.train_totals.zero_()
@@ -213,6 +253,8 @@ class BranchModule(LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
+        if self.averages is not None:
+            self.averages.update(self.trainer.global_step)
         # Lightning counts the steps that go through its wrapper of the optimiser, which takes longer than a small step.
         progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         progress.increment_ready()
@@ -270,11 +312,27 @@ class BranchModule(LightningModule):
         # For callbacks of the user's; the scores of each branch go to its own loggers.
         self.log_dict({name: values.mean() for name, values in self.train_scores().items()}, logger=False)
 
+    def on_validation_start(self) -> None:
+        self._validating.enter_context(self.validated_weights())
+
+    def on_validation_end(self) -> None:
+        """After that of the callbacks, which save the best weights."""
+        self._validating.close()
+
     def on_validation_epoch_start(self) -> None:
         self.val_totals = torch.zeros(self.n_branches, 3, device=self.device)
+        self._kept_logits: list[Tensor] = []
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        self.val_totals += self._score("val", batch)
+        totals, logits = self._score("val", batch)
+        self.val_totals += totals
+        n_wanted = self.n_kept_logits - sum(kept.shape[1] for kept in self._kept_logits)
+        if n_wanted > 0:
+            self._kept_logits.append(logits[:, :n_wanted].clamp(-HALF_MAX, HALF_MAX).half())
+
+    def kept_logits(self) -> Tensor:
+        """Logits (s n k), float16, of the first images in the last validation."""
+        return torch.cat(self._kept_logits, 1)
 
     def val_scores(self) -> dict[str, Tensor]:
         """Mean loss and accuracy of each branch (s,) in the last validation."""
@@ -290,9 +348,12 @@ class BranchModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[IDENTITY] = self.identities
         checkpoint[TOTALS] = self.train_totals
+        if self.averages is not None and not self.averages.are_in_place:  # where they are the state dict
+            checkpoint[AVERAGES] = self.averages.values
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.train_totals = checkpoint[TOTALS]
+        self._loaded_averages = checkpoint.get(AVERAGES)
 
     def is_alive(self, i: int) -> bool:
         """Whether the training loss of the i-th branch has been finite so far."""
@@ -309,8 +370,8 @@ class BranchModule(LightningModule):
         if not any(self.is_alive(i) for i in range(self.n_branches)):
             raise self.divergence(0)
 
-    def _score(self, split: str, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Loss sum, correct answers and images of each branch (s 3); logs the means over the branches."""
+    def _score(self, split: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Loss sum, correct answers and images of each branch (s 3), logits (s n k); logs means over the branches."""
         x, labels = batch
         logits = self(x).float().view(self.n_branches, len(labels), -1)
         losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(self.n_branches), reduction="none")
@@ -322,7 +383,7 @@ class BranchModule(LightningModule):
         # In training, the scores of each branch go to its own loggers.
         to_logger = self.trainer.state.fn != TrainerFn.FITTING
         self.log_dict(scores, on_epoch=True, on_step=False, batch_size=len(labels), prog_bar=True, logger=to_logger)
-        return totals
+        return totals, logits
 
 
 def _means(split: str, totals: Tensor) -> dict[str, Tensor]:

@@ -41,6 +41,11 @@ class BranchPaths:
         return self.folder / "metrics.csv"
 
     @property
+    def epoch_logits(self) -> Path:
+        """Logits of the first validation images after every epoch, float16 (epochs, n, k)."""
+        return self.folder / "logits" / "epochs.npy"
+
+    @property
     def status(self) -> Path:
         return self.folder / "status.json"
 

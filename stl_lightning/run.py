@@ -28,6 +28,7 @@ class RunOptions:
         monitor: Validation metric whose best value selects `best.ckpt`: val/acc or val/loss.
         patience: Validations without a better `monitor` after which a branch ends; null trains to the last epoch.
         stack: Train the branches of this process as one network: auto (where that is faster), true or false.
+        epoch_logits: Validation images whose logits are kept after every epoch, the first of them; 0 keeps none.
         chunk: Minibatches that are handed to Lightning as one batch, which costs it as much as one.
     """
 
@@ -39,14 +40,15 @@ class RunOptions:
     monitor: str = "val/acc"
     patience: int | None = None
     stack: Literal["auto"] | bool = "auto"
+    epoch_logits: int = 5000
     chunk: int = 50
 
     def __post_init__(self) -> None:
         if self.monitor not in MONITORS:
             raise unknown("run.monitor", self.monitor, MONITORS)
-        for name in ("patience", "chunk"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"run.{name}: expected at least 1, got {getattr(self, name)}")
+        for name, least in {"patience": 1, "chunk": 1, "epoch_logits": 0}.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ConfigError(f"run.{name}: expected at least {least}, got {getattr(self, name)}")
 
     @property
     def paths(self) -> RunPaths:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stl_lightning.augment import Augment, SliceAugment, mix
+from stl_lightning.augment import Augment, SliceAugment, SliceMirror, mix
 from stl_lightning.errors import ConfigError, DataError
 from stl_lightning.images import ImageArray, ImageFiles
 from stl_lightning.spectral import SpectralSplit
@@ -57,10 +57,12 @@ class FromImages:
     branches: tuple[tuple[int, ...], ...]  # the slices each branch reads
     augment: Augment | None = None
     seed: int = 0
+    mirrored: bool = False
 
     def fetch(self, indices: Tensor, epoch: int | None) -> Tensor:
         augment = self.augment if epoch is not None else None
         pixels = self.images.fetch(indices, augment, self.seed, epoch or 0, self.spectral.block)
+        pixels = pixels.flip(-1) if self.mirrored else pixels
         return assemble(split(self.spectral, pixels, wanted(self.branches)), self.branches)
 
     @property
@@ -95,9 +97,11 @@ class FromSlices:
     branches: tuple[tuple[int, ...], ...]
     augment: SliceAugment | None = None
     seed: int = 0
+    mirror: SliceMirror | None = None
 
     def fetch(self, indices: Tensor, epoch: int | None) -> Tensor:
         x = assemble({k: slice_.gather(indices) for k, slice_ in self.stored.items()}, self.branches)
+        x = x if self.mirror is None else self.mirror(x)
         return x if self.augment is None or epoch is None else self.augment(x, self.seed, epoch, indices)
 
     @property
@@ -204,9 +208,29 @@ def measure(batches: Iterable[Tensor]) -> Statistics:
     return Statistics(mean.float()[..., None, None], std.float()[..., None, None])
 
 
-def slices_of_branch(branch: int, slices_per_branch: int, n_slices: int) -> tuple[int, ...]:
-    """The slices branch `branch` reads: its own first, then the lowest-frequency others."""
+def slices_of_branch(
+    branch: int, slices_per_branch: int, n_slices: int, common: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """The slices branch `branch` reads: its own first, then the lowest-frequency others; or `common` ones instead.
+
+    Raises: ConfigError for slices that do not exist, and for both at once.
+    """
+    if common is not None:
+        return _common_slices(common, slices_per_branch, n_slices)
     if not 1 <= slices_per_branch <= n_slices:
         raise ConfigError(f"data.slices_per_branch: expected 1 to {n_slices}, got {slices_per_branch}")
     others = [k for k in range(n_slices) if k != branch]
     return (branch, *others[: slices_per_branch - 1])
+
+
+def _common_slices(common: Sequence[int], slices_per_branch: int, n_slices: int) -> tuple[int, ...]:
+    if slices_per_branch != 1:
+        raise ConfigError(
+            f"data.slices_per_branch: expected 1 with data.common_slices, which replace the slices of every branch; "
+            f"got {slices_per_branch}"
+        )
+    if not common or len(set(common)) < len(common) or not all(0 <= k < n_slices for k in common):
+        raise ConfigError(
+            f"data.common_slices: expected different numbers from 0 to {n_slices - 1}, at least one; got {list(common)}"
+        )
+    return tuple(common)

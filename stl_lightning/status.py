@@ -45,11 +45,15 @@ def read_status(paths: BranchPaths, branch: int) -> Status:
     """
     if not paths.status.exists():
         return Status(branch)
+    what = "Delete it: the branch goes on from its checkpoint"
     try:
-        status = Status(**read_json(paths.status))
-    except (TypeError, RunError) as error:
-        what = "Delete it: the branch goes on from its checkpoint"
-        raise RunError(f"{paths.status} is not a status file of this version: {error}. {what}") from error
+        content = read_json(paths.status)
+    except RunError as error:
+        raise RunError(f"{error}. {what}") from error
+    try:
+        status = Status(**content)
+    except TypeError as error:
+        raise RunError(f"{paths.status} is not a status file of this version. {what}") from error
     if status.state == "finished" and not paths.best.exists():
         status.state = "pending"
     return status

@@ -72,7 +72,7 @@ def supervise(args: Sequence[str], retries: int) -> int:
         if ended.code < 0 and len(ended.branches) > 1 and is_last_chance(ended, retries):
             ways = ["--run.stack=false"]  # a branch that has its whole process killed is then the only one to fail
         with contextlib.suppress(OSError):  # a disk that is full is one of the reasons to try again
-            print(f"stl fit: {_how(ended.code)}; trying again in {pause_s:.0f} s", file=sys.stderr, flush=True)
+            print(f"stl fit: {how_it_ended(ended.code)}; trying again in {pause_s:.0f} s", file=sys.stderr, flush=True)
         _pause(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
     return INTERRUPTED
@@ -179,7 +179,7 @@ def record_end(ended: Ended) -> None:
 
 def _note_end(paths: BranchPaths, status: Status, ended: Ended) -> None:
     if status.state == "running":
-        status.state, status.error = "interrupted" if leaving.asked() else "failed", _how(ended.code)
+        status.state, status.error = "interrupted" if leaving.asked() else "failed", how_it_ended(ended.code)
         status.n_failures += status.state == "failed"
     status.log_tail = ended.log_tail
     write_status(paths, status)
@@ -217,7 +217,8 @@ def _has_failed_too_often(status: Status, retries: int) -> bool:
     return status.state == "failed" and status.job == job_id() and status.n_failures > retries
 
 
-def _how(code: int) -> str:
+def how_it_ended(code: int) -> str:
+    """In words, from the exit code of a process (negative: the signal)."""
     if code < 0:
         name = signal.Signals(-code).name
         return f"killed by {name}" + (" (the machine's memory was exhausted?)" if name == "SIGKILL" else "")

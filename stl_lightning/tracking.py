@@ -11,10 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from torch import Tensor
 
-from stl_lightning.errors import ConfigError
+from stl_lightning.errors import ConfigError, RunError
 from stl_lightning.paths import BranchPaths
 from stl_lightning.run import Run
 
@@ -88,29 +90,75 @@ class MetricsCSV(Logger):
         return text.getvalue()
 
 
-class EpochLogger(Callback):
-    """Sends the means of an epoch to the loggers of each branch. Nothing is logged a step."""
+class EpochLogits:
+    """The logits of some validation images after every epoch: how the branch, and with others the ensemble, learned.
 
-    def __init__(self, branches: Sequence[Sequence[Logger]]) -> None:
+    A row (n k) an epoch, kept in memory and written by `save`; NaN for an epoch without validation. A run that resumes
+    drops the rows from its first epoch on, and those of another number of images.
+    """
+
+    def __init__(self, paths: BranchPaths) -> None:
+        self.paths = paths
+        self._rows = dict(enumerate(_read_array(paths.epoch_logits)))
+        self._is_saved = True
+
+    def note(self, epoch: int, logits: Tensor) -> None:
+        row = logits.cpu().numpy()
+        kept = {old: of for old, of in self._rows.items() if old < epoch and of.shape == row.shape}
+        self._rows, self._is_saved = kept | {epoch: row}, False
+
+    def save(self) -> None:
+        if not self._is_saved:
+            self.paths.write(self.paths.epoch_logits, lambda file: np.save(file, self._array()))
+            self._is_saved = True
+
+    def _array(self) -> np.ndarray:
+        """Shapes: (epochs, n, k)."""
+        last = max(self._rows)
+        missing = np.full_like(self._rows[last], np.nan)
+        return np.stack([self._rows.get(epoch, missing) for epoch in range(last + 1)])
+
+
+class EpochLogger(Callback):
+    """Sends the means of an epoch to the loggers of each branch, and its logits. Nothing is logged a step."""
+
+    def __init__(self, branches: Sequence[Sequence[Logger]], logits: Sequence[EpochLogits] = ()) -> None:
         self.branches = branches
+        self.logits = logits
         self._validated_at = -1
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._validated_at = trainer.current_epoch
 
     def on_train_epoch_end(self, trainer: Trainer, module: Any) -> None:
-        scores = module.train_scores() | (module.val_scores() if self._validated_at == trainer.current_epoch else {})
+        is_validated = self._validated_at == trainer.current_epoch
+        scores = module.train_scores() | (module.val_scores() if is_validated else {})
         shared = {"lr": module.lr, "epoch": trainer.current_epoch}
         for i, loggers in enumerate(self.branches):
             row = {name: float(values[i]) for name, values in scores.items()} | shared
             for logger in loggers:
                 logger.log_metrics(row, trainer.global_step)
+        if is_validated and self.logits:
+            for history, logits in zip(self.logits, module.kept_logits(), strict=True):
+                history.note(trainer.current_epoch, logits)
 
     def save(self) -> None:
         """Write what is kept in memory, before the checkpoint after which a killed run goes on."""
         for loggers in self.branches:
             for logger in loggers:
                 logger.save()
+        for history in self.logits:
+            history.save()
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """Raises: RunError if it is damaged."""
+    if not path.exists():
+        return np.empty((0, 0, 0), np.float16)
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise RunError(f"cannot read {path}: {error}. Delete it; only pictures of the training need it") from error
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stl_lightning.augment import Augment, SliceAugment, can_augment_slices, check_augment
+from stl_lightning.augment import Augment, SliceAugment, SliceMirror, can_augment_slices, check_augment
 from stl_lightning.augment.moves import Moves, read
 from stl_lightning.errors import ConfigError
 from stl_lightning.spectral import REORGANISATIONS, TRANSFORMS, SpectralSplit, fitting_transforms
@@ -88,6 +88,26 @@ def test_augmented_slices_are_the_slices_of_augmented_images_exactly_where_that_
         is_padded = split.padding != (0, 0)  # refused as a whole then, though single slices may hold no padding
         assert is_padded or exact == [result is not None for result in claimed], split
         assert can_augment_slices(augment, split) == all(exact), split
+
+
+def mirrors(part: Tensor, wanted: Tensor) -> bool:
+    """Whether one is the other's mirror image, up to the sign of each channel."""
+    flipped = part.flip(-1)
+    return all(min((flipped[:, c] + s * wanted[:, c]).abs().max() for s in (1, -1)) < 1e-5 for c in range(part.size(1)))
+
+
+@pytest.mark.parametrize(("reorganisation", "transform"), WAYS)
+def test_mirrored_slices_are_the_slices_of_mirror_images_exactly_where_that_is_claimed(reorganisation, transform):
+    for split in splits(transform, reorganisation):
+        images = some_images(split)
+        for k, (part, wanted) in enumerate(zip(split(images), split(images.flip(-1)), strict=True)):
+            try:
+                mirror = SliceMirror(split, [[k]])
+            except ConfigError:
+                assert split.padding[1] or not mirrors(part, wanted), split
+            else:
+                torch.testing.assert_close(mirror(part[None])[0], wanted, atol=1e-6, rtol=0)
+                assert torch.equal(mirror(mirror(part[None]))[0], part)
 
 
 def test_who_can() -> None:

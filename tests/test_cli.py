@@ -38,6 +38,7 @@ BAD = {
     "resized crop": (["--data.augment.resized_crop=[0.5,1]"], ["data.augment.resized_crop", "crop_pad"]),
     "plateau": ([f"--model.lr_scheduler={PLATEAU}"], ["model.lr_scheduler", "ReduceLROnPlateau"]),
     "slices": (["--data.slices_per_branch=5"], ["data.slices_per_branch", "1 to 4"]),
+    "common slices": (["--data.common_slices=[4]"], ["data.common_slices", "0 to 3"]),
     "branches": (["--run.branches=[4]"], ["run.branches", "0 to 3"]),
     "val_size": (["--data.val_size=1.5"], ["data.val_size"]),
     "batch_size": (["--data.batch_size=0"], ["data.batch_size", "at least 1"]),
@@ -129,13 +130,14 @@ def test_a_partial_ensemble_names_the_missing_and_is_a_model(tmp_path: Path, cap
     run.branch(3).best.write_bytes(b"damaged")
     assert stl("fit", tmp_path, "--run.branches=[1]", "--model.optimizer.init_args.lr=1e30") == 1
     assert "not finite at step 1" in capfd.readouterr().err
-    assert main(["ensemble", str(run.folder), "--weighting=simplex"]) == 0
+    assert main(["ensemble", str(run.folder), "--weighting=simplex", "--flips"]) == 0
     printed = capfd.readouterr().out
     assert "branches missing: 1, 3" in printed
     assert "branch 3 is left out" in printed
     assert "branch 1 is left out: it has not finished: failed" in printed
     results = json.loads(run.results.read_text())
     assert results["members"] == [0, 2]
+    assert results["flips"]
     assert sum(row["weight"] for row in results["branches"]) == pytest.approx(1.0)
     assert results["ensemble"]["accuracy"] > 0.3
 

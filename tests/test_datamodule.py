@@ -1,5 +1,6 @@
 """What a branch is fed: its slices and no others, the same split and order on every rank, no test data in training."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from stl_lightning.errors import CheckpointError, ConfigError
 from stl_lightning.loaders import ResumableLoader, epoch_order
 from stl_lightning.slices import slices_of_branch
 from stl_lightning.spectral import TRANSFORMS
+from stl_lightning.store import prepare_store
 
 
 def module(**settings: Any) -> SpectralDataModule:
@@ -141,6 +143,69 @@ def test_slices_per_branch() -> None:
     assert data.in_shape == (3, 8, 2)  # the DFT of 4 pixels: slices 0 and 2 are real, 1 is complex
 
 
+def test_common_slices_are_read_by_every_branch_in_place_of_its_own() -> None:
+    lowest = everything(module(branch=0).val_dataloader())
+    for branch in range(4):
+        data = module(common_slices=[0], branch=branch)
+        assert data.branch == branch
+        for received, expected in zip(everything(data.val_dataloader()), lowest, strict=True):
+            assert torch.equal(received, expected)
+    assert module(common_slices=[0]).agreement() != module().agreement()
+    two = module(common_slices=[2, 0], branch=1)
+    assert two.in_shape == (2, 4, 4)
+    assert two.state_dict()["branches"][0]["slices"] == [2, 0]
+    two.select_branches([1, 3])
+    both, _ = two.slices_in("val").batch(torch.arange(5), None)
+    assert torch.equal(both[0], both[1])
+
+
+def test_slice_0_of_dct2_is_the_pixel_average() -> None:
+    fed = module(common_slices=[0], branch=2).slices_in("val")
+    pixels = module().source.load("train").fetch(fed.indices[:5])
+    average = torch.nn.functional.avg_pool2d(pixels / 255, 2)
+    raw, _ = replace(fed, statistics=None).batch(torch.arange(5), None)
+    torch.testing.assert_close(raw, 2 * average)  # its filter has norm 1: four times 1/2 instead of 1/4
+
+
+@pytest.mark.parametrize("stage", ["predict", "fit"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_mirrored_slices_are_those_of_the_mirror_images(transform: str, stage: str) -> None:
+    """Also where the slices of the images are in memory already, standardised."""
+    data = module(transform=transform)
+    slices = []
+    for branch in range(data.n_branches):
+        data.select_branches([branch])
+        data.setup(stage)
+        fed = data.mirrored_slices_in("val")
+        slices.append(everything(data.loader("val", mirrored=True))[0] * fed.statistics.std[0] + fed.statistics.mean[0])
+    pixels = data.source.load("train").fetch(fed.indices)
+    torch.testing.assert_close(data.spectral.inverse(slices) * 255, pixels.flip(-1).float(), atol=1e-2, rtol=0)
+
+
+def stored(folder: Path, transform: str) -> str:
+    data = module(transform=transform)
+    prepare_store(folder, data.source, data.spectral, "float32", val_size=0.2, n_workers=1)
+    return str(folder)
+
+
+@pytest.mark.parametrize("reads", [{"slices_per_branch": 2}, {"common_slices": [3, 1]}])
+def test_a_store_gives_what_the_images_give(reads: dict[str, Any], tmp_path: Path) -> None:
+    kept = module(store=stored(tmp_path / "store", "dct2"), branch=2, **reads)
+    kept.check([2])
+    kept.check_mirror()
+    for mirrored in (False, True):
+        x, expected = (everything(data.loader("test", mirrored))[0] for data in (kept, module(branch=2, **reads)))
+        torch.testing.assert_close(x, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_stored_slices_that_do_not_determine_their_mirror_image_are_refused(tmp_path: Path) -> None:
+    data = module(store=stored(tmp_path / "store", "random"), transform="random")
+    for mirror in (data.check_mirror, lambda: data.loader("val", mirrored=True)):
+        with pytest.raises(ConfigError, match=r"ensemble\.flips: expected false.*transforms can: dct2, hadamard"):
+            mirror()
+    module(transform="random").check_mirror()
+
+
 def test_training_never_opens_the_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
     data = module()
     read: list[str] = []
@@ -162,7 +227,15 @@ def test_a_checkpoint_of_other_slices_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"val_size": 0}, "val_size"), ({"val_size": 5000}, "val_size"), ({"branch": 4}, "data.branch")],
+    [
+        ({"val_size": 0}, "val_size"),
+        ({"val_size": 5000}, "val_size"),
+        ({"branch": 4}, "data.branch"),
+        ({"common_slices": []}, r"data.common_slices: .*0 to 3.*got \[\]"),
+        ({"common_slices": [4]}, r"data.common_slices: .*0 to 3.*got \[4\]"),
+        ({"common_slices": [1, 1]}, r"data.common_slices: .*different.*got \[1, 1\]"),
+        ({"common_slices": [0], "slices_per_branch": 2}, "data.slices_per_branch: expected 1 with data.common_slices"),
+    ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):

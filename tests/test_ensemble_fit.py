@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stl_lightning.ensemble.fit import FittedEnsemble, fit_ensemble
+from stl_lightning.ensemble.fit import FittedEnsemble, fit_ensemble, refit, search
 from stl_lightning.ensemble.metrics import nll
 from stl_lightning.ensemble.pooling import SPACES, calibrated_nll, fit_temperature, pool
 from stl_lightning.ensemble.weighting import WEIGHTINGS
@@ -77,6 +77,24 @@ class TestAuto:
         scores = {score["weighting"]: score["n_samples"] for score in tried}
         assert (scores["uniform"], scores["simplex"]) == (200, 600)
 
+    def test_a_search_also_fits_what_it_does_not_choose(self) -> None:
+        found = search(*outputs(600, skill=(-2, -2, -2, 6)), MEMBERS, n_folds=3)
+        every = found.of_each_weighting()
+        assert list(every) == list(WEIGHTINGS)
+        assert (every[found.chosen[0]].weighting, every[found.chosen[0]].space) == found.chosen
+        tried = {(score["weighting"], score["space"]): score for score in found.fitted().cv}
+        for name, ensemble in every.items():
+            taken, *others = sorted(
+                (score for (weighting, _), score in tried.items() if weighting == name),
+                key=lambda score: score["space"] != ensemble.space,
+            )
+            best = all((other["n_samples"], -other["nll"]) <= (taken["n_samples"], -taken["nll"]) for other in others)
+            assert best or (name, ensemble.space) == found.chosen
+            if taken["n_samples"] == 600:
+                alone = fit_ensemble(found.logits, found.labels, MEMBERS, name, ensemble.space, n_folds=3)
+                assert torch.equal(ensemble.weights, alone.weights)
+                assert ensemble.temperature == alone.temperature
+
     def test_a_single_member_has_weight_one(self) -> None:
         logits, labels = outputs()
         alone = fit_ensemble(logits[3:, :, [1, 2, 0]], labels, (11,))  # maps would set its classes right
@@ -89,6 +107,11 @@ class TestEveryWeighting:
         first, second = fit(name), fitted(name)
         assert torch.equal(first.weights, second.weights)
         assert (first.temperature, first.cv) == (second.temperature, second.cv)
+
+    def test_refitted_without_folds_it_has_the_same_weights(self, name: str) -> None:
+        again = refit(*outputs(), MEMBERS, name, "log_prob")
+        assert torch.equal(again.weights, fitted(name).weights)
+        assert again.temperature == pytest.approx(fitted(name).temperature, rel=0.25)
 
     def test_scores_survive_json(self, name: str) -> None:
         (score,) = json.loads(json.dumps(fitted(name).cv))

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -154,6 +154,16 @@ def test_members_together_equal_members_one_by_one(name: str, n: int) -> None:
     assert_same(model.member_logits(pixels), expected)
     assert_same(model.member_logits(pixels / 255), expected)
     assert_same(model(pixels), made_of.fitted.log_probs(expected))
+
+
+def test_flips_average_the_logits_of_an_image_and_its_mirror_image() -> None:
+    made_of, pixels = parts(CASES["interleaved"]), images(40, 3)
+    plain, mirrored = (made_of.one_by_one(x / 255) for x in (pixels, pixels.flip(-1)))
+    made_of.fitted = replace(made_of.fitted, flips=True)
+    model = made_of.model()
+    assert_same(model.member_logits(pixels), (plain + mirrored) / 2)
+    assert_same(model(pixels), model(pixels.flip(-1)))
+    assert not torch.allclose(plain, mirrored, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,18 +1,21 @@
 """From branch checkpoints to results.json: caches, safety, and the ensemble as a module."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from test_training import make_job, train_branch
 
 from stl_lightning.ensemble import metrics
 from stl_lightning.ensemble.evaluate import evaluate
-from stl_lightning.ensemble.members import branch_outputs
+from stl_lightning.ensemble.members import branch_outputs, scores
 from stl_lightning.ensemble.model import build_ensemble, load_fitted
 from stl_lightning.ensemble.options import EnsembleOptions
+from stl_lightning.ensemble.weighting import WEIGHTINGS
 from stl_lightning.errors import RunError
 from stl_lightning.paths import BranchPaths, read_json, write_json
 from stl_lightning.report.table import print_results
@@ -141,13 +144,122 @@ def test_the_ensemble_as_a_module_predicts_the_same(jobs: list[BranchJob], weigh
     torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(len(images), dtype=log_probs.dtype))
 
 
+def accuracy_of(rows: list[dict]) -> list[float]:
+    return [row["test"]["accuracy"] for row in rows]
+
+
+def lost(results: dict) -> list[dict]:
+    return results["lost"]["leave_one_out"] + results["lost"]["worst"]
+
+
+def without_test(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "test"} for row in rows]
+
+
+def test_every_weighting_that_was_tried_has_a_row(jobs: list[BranchJob]) -> None:
+    results = evaluate(jobs[0].run, jobs, EnsembleOptions(n_folds=2))  # folds so large that none is given up
+    rows = {row["weighting"]: row for row in results["weightings"]}
+    assert list(rows) == list(WEIGHTINGS)
+    chosen = rows[results["weighting"]]
+    assert (chosen["test"], chosen["val"]) == (results["ensemble"], results["ensemble_val"])
+    for name in ("uniform", "topk"):
+        asked = evaluate(jobs[0].run, jobs, EnsembleOptions(name, rows[name]["space"], n_folds=2))
+        assert asked["weightings"] == [rows[name]]
+
+
+@pytest.mark.parametrize("space", ["log_prob", "prob"])
+def test_lost_members_and_few_members(space: str, jobs: list[BranchJob]) -> None:
+    """Equal weights: a mean over those that are left, recomputed here."""
+    results = evaluate(jobs[0].run, jobs, EnsembleOptions("uniform", space))
+    outputs = [branch_outputs(job, "test") for job in jobs]
+    labels = outputs[0].labels
+
+    def mean_of(members: list[int]) -> float:
+        log_probs = torch.stack([outputs[i].logits.double().log_softmax(-1) for i in members])
+        pooled = log_probs.mean(0) if space == "log_prob" else log_probs.exp().mean(0)
+        return (pooled.argmax(1) == labels).double().mean().item()
+
+    alone, worst = results["lost"]["leave_one_out"], results["lost"]["worst"]
+    rest = [[i for i in range(4) if i != row["branch"]] for row in alone]
+    assert [row["branch"] for row in alone] == [0, 1, 2, 3]
+    assert accuracy_of(alone) == pytest.approx([mean_of(members) for members in rest])
+    assert [(row["k"], row["branches"]) for row in worst] == [(1, [0]), (2, [0, 1]), (3, [0, 1, 2])]  # a tie
+    assert accuracy_of(worst) == pytest.approx([mean_of([1, 2, 3]), mean_of([2, 3]), mean_of([3])])
+    few = results["by_members"]
+    of_branches = {row["branch"]: row["val"]["accuracy"] for row in results["branches"]}
+    ranked = sorted(of_branches, key=lambda branch: -of_branches[branch])
+    assert [set(row["branches"]) for row in few] == [set(ranked[:n]) for n in range(1, 5)]
+    assert {(row["weighting"], row["space"]) for row in few} == {("uniform", space)}
+    assert accuracy_of(few) == pytest.approx([mean_of(ranked[:n]) for n in range(1, 5)])
+
+
+def test_members_lost_by_weight_and_all_members(jobs: list[BranchJob]) -> None:
+    results = evaluate(jobs[0].run, jobs, EnsembleOptions("simplex", "log_prob"))
+    weights = {row["branch"]: row["weight"] for row in results["branches"]}
+    heaviest = sorted(weights, key=lambda branch: -weights[branch])
+    assert [row["branches"] for row in results["lost"]["worst"]] == [heaviest[:k] for k in (1, 2, 3)]
+    last = results["by_members"][-1]
+    assert last["test"]["accuracy"] == results["ensemble"]["accuracy"]
+    assert evaluate(jobs[0].run, jobs, EnsembleOptions("per_class"))["by_members"][-1]["weighting"] == "simplex"
+
+
+def test_one_member_has_nothing_to_lose(jobs: list[BranchJob], capfd: pytest.CaptureFixture[str]) -> None:
+    results = evaluate(jobs[0].run, jobs[1:2], EnsembleOptions())
+    assert results["lost"] == {"leave_one_out": [], "worst": []}
+    assert [row["weighting"] for row in results["weightings"]] == ["uniform"]
+    print_results(results)
+    assert "heaviest" not in capfd.readouterr().out
+
+
+def test_tables_are_printed_also_of_results_without_them(
+    jobs: list[BranchJob], capfd: pytest.CaptureFixture[str]
+) -> None:
+    results = evaluate(jobs[0].run, jobs, EnsembleOptions(space="log_prob"))
+    print_results(results, Console(width=80, file=sys.stdout))
+    printed = capfd.readouterr().out
+    assert "…" not in printed
+    assert all(name in printed for name in WEIGHTINGS)
+    assert printed.count(" * ") == 1
+    for row in results["by_members"] + lost(results):
+        assert f"{100 * row['test']['accuracy']:.2f}" in printed
+    for key in ("weightings", "lost", "by_members", "flips"):
+        del results[key]
+    print_results(results)
+    assert "heaviest" not in capfd.readouterr().out
+
+
+def test_flips_are_means_of_logits_that_the_model_gives_too(jobs: list[BranchJob], tmp_path: Path) -> None:
+    run = jobs[0].run
+    evaluate(run, jobs, EnsembleOptions("uniform", "log_prob"))
+    plain = build_ensemble(jobs, load_fitted(run.paths.fitted))
+    images = jobs[0].data.source.load("test")
+    results = evaluate(run, jobs, EnsembleOptions("uniform", "log_prob", flips=True))
+    expected = (plain.member_logits(images.pixels) + plain.member_logits(images.pixels.flip(-1))) / 2
+    received = torch.stack([branch_outputs(job, "test", flips=True).logits for job in jobs])
+    torch.testing.assert_close(received, expected, atol=1e-4, rtol=1e-4)
+    log_probs = build_ensemble(jobs, load_fitted(run.paths.fitted))(images.pixels)
+    assert metrics.nll(log_probs, images.labels).item() == pytest.approx(results["ensemble"]["nll"], abs=1e-4)
+    assert results["flips"]
+    assert results["branches"][0]["val"] == scores(branch_outputs(jobs[0], "val", flips=True))
+
+
+def test_the_cache_knows_flips(jobs: list[BranchJob]) -> None:
+    cache = jobs[0].paths.logits("val")
+    plain, flipped = (branch_outputs(jobs[0], "val", flips) for flips in (False, True))
+    assert not torch.equal(plain.logits, flipped.logits)
+    written = cache.stat().st_mtime_ns
+    assert torch.equal(branch_outputs(jobs[0], "val", flips=True).logits, flipped.logits)
+    assert cache.stat().st_mtime_ns == written
+    assert torch.equal(branch_outputs(jobs[0], "val").logits, plain.logits)
+
+
 def test_test_labels_change_nothing_but_the_scores(jobs: list[BranchJob], monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, temperature and the branch called highest are chosen without the test set."""
     run = jobs[0].run
     honest = evaluate(run, jobs, EnsembleOptions())
 
-    def shuffled(job: BranchJob, split: str):
-        outputs = branch_outputs(job, split)
+    def shuffled(job: BranchJob, split: str, flips: bool):
+        outputs = branch_outputs(job, split, flips)
         return type(outputs)(outputs.logits, outputs.labels.flip(0)) if split == "test" else outputs
 
     monkeypatch.setattr("stl_lightning.ensemble.evaluate.branch_outputs", shuffled)
@@ -155,6 +267,9 @@ def test_test_labels_change_nothing_but_the_scores(jobs: list[BranchJob], monkey
     for key in ("weighting", "space", "temperature", "highest_branch", "cross_validation"):
         assert honest[key] == misled[key]
     assert [row["weight"] for row in honest["branches"]] == [row["weight"] for row in misled["branches"]]
+    for table in (lambda results: results["weightings"], lambda results: results["by_members"], lost):
+        assert without_test(table(honest)) == without_test(table(misled))
+        assert table(honest) != table(misled)
     assert honest["ensemble"]["accuracy"] > misled["ensemble"]["accuracy"] + 0.3
 
 

@@ -23,6 +23,7 @@ from stl_lightning.checkpoint import load_checkpoint, put_together, take_apart
 from stl_lightning.errors import ConfigError
 from stl_lightning.module import BranchModule
 from stl_lightning.networks import MLP, ConvNet, ResNet
+from stl_lightning.ranges import by_number
 from stl_lightning.status import read_status
 from stl_lightning.training import BranchJob, check_branch, train_branches
 
@@ -48,10 +49,12 @@ def jobs_of(root: Path, branches: Sequence[int] = BRANCHES, **changes: Any) -> l
     changes = {"network": small_mlp} | changes
     changes["trainer"] = {"max_epochs": 2} | EXACT | changes.get("trainer", {})
     label_smoothing, augment = changes.pop("label_smoothing", 0.0), changes.pop("augment", None)
+    averaging, network_of = changes.pop("averaging", None), changes.pop("network_of", {})
     optimizer, scheduler = changes.pop("optimizer", None), changes.pop("scheduler", None)
     jobs = [make_job(root, branch, **changes) for branch in branches]
     for job in jobs:
-        job.module.label_smoothing = label_smoothing
+        job.module.label_smoothing, job.module.averaging = label_smoothing, averaging
+        job.module.network_of = by_number("network_of", network_of)
         job.data.augment = augment
         job.module.optimizer_factory = optimizer or job.module.optimizer_factory
         if scheduler is not None:
@@ -167,6 +170,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
     "aligned": ({"augment": Augment(crop_pad=2, aligned=True, flip=True, cutmix=1.0)}, 1e-9),
     "max-steps": ({"trainer": {"max_epochs": None, "max_steps": 17}}, 1e-9),
     "no-validation": ({"trainer": {"limit_val_batches": 0}}, 1e-9),
+    "averaging": ({"network": noisy_mlp, "averaging": 0.9}, 1e-9),
 }
 
 

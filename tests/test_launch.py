@@ -18,13 +18,14 @@ from stl_lightning.__main__ import main
 from stl_lightning.exits import DONE, REFUSED
 from stl_lightning.launch.again import held_back, to_resubmit
 from stl_lightning.launch.cancel import cancel_run
-from stl_lightning.launch.compose import Submission, as_ranges, compose
+from stl_lightning.launch.compose import Submission, compose, limit_of_options, limit_s
 from stl_lightning.launch.judge import BranchReport, RunState
 from stl_lightning.launch.local import first_groups, to_try_again, worker_environ
 from stl_lightning.launch.record import METHODS, Launch, Process, launching, read_launches, write_launch
-from stl_lightning.launch.slurm import Job, Queue, limit_of_options, limit_s
+from stl_lightning.launch.slurm import Job, Queue
 from stl_lightning.launch.submit import this_stl
 from stl_lightning.paths import RunPaths, write_json
+from stl_lightning.ranges import as_ranges
 from stl_lightning.status import Status, read_status, write_status
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -50,6 +51,13 @@ def test_an_array_and_its_ensemble() -> None:
         "ensemble": "sbatch --parsable --dependency=afterany:17 --kill-on-invalid-dep=yes "
         "--job-name=stl-digits-ensemble --output=runs/digits/logs/%x-%j.out slurm/ensemble.sbatch runs/digits",
     }
+
+
+@pytest.mark.parametrize(("limit", "signal"), [("--time=1", "--signal=USR1@15"), ("--time=8:00", ""), ("", "")])
+def test_a_limit_of_minutes_is_warned_of_later(limit: str, signal: str) -> None:
+    """The templates ask for a warning two minutes before, which would come before the first step."""
+    command = argvs(replace(OF_FOUR, sbatch=[limit] if limit else []))["branches"]
+    assert [word for word in shlex.split(command) if word.startswith("--signal")] == ([signal] if signal else [])
 
 
 @pytest.mark.parametrize("method", ["srun", "torchrun"])
@@ -440,6 +448,24 @@ def test_options_per_node_are_named_when_tasks_follow(
     assert "--gpus-per-node=4 was given for --method srun" in capsys.readouterr().err
     assert main(["resubmit", str(tmp_path / "digits"), "--dry-run", "--sbatch=--gpus-per-task=1"]) == DONE
     assert "was given for" not in capsys.readouterr().err
+
+
+def test_a_second_launch_leaves_out_what_has_finished(
+    slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(digits(tmp_path)) == DONE
+    slurm.called()
+    for branch in (0, 2):
+        end(tmp_path, branch, "finished")
+    assert main(digits(tmp_path)) == DONE
+    assert "--array=1,3" in slurm.called()[0]
+    for branch in (1, 3):
+        end(tmp_path, branch, "finished")
+    write_json(RunPaths(tmp_path / "digits").results, {})
+    capsys.readouterr()
+    assert main(digits(tmp_path)) == DONE
+    assert capsys.readouterr().out == "nothing to do: 4 finished; ensemble: made\n"
+    assert slurm.called() == []
 
 
 def test_again_over_nodes_takes_all_branches(slurm: FakeSlurm, tmp_path: Path) -> None:

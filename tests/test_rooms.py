@@ -12,10 +12,10 @@ PACKAGE = CHECKOUT / "stl_lightning"
 
 # Each may import from those before it (and from its own room).
 ROOMS = [
-    "errors", "exits", "leaving", "ranks", "paths", "run", "status", "attempts", "supervisor", "traffic", "launch",
+    "errors", "ranges", "exits", "leaving", "ranks", "paths", "run", "status", "attempts", "supervisor", "traffic", "launch",
     "spectral", "augment", "images", "sources", "store", "loaders", "slices",
-    "datamodule", "networks", "stacked", "module", "strategy", "checkpoint", "tracking", "training",
-    "ensemble", "report", "__main__", "cli",
+    "datamodule", "networks", "stacked", "averaging", "module", "strategy", "checkpoint", "tracking", "training",
+    "ensemble", "cost", "report", "__main__", "cli",
 ]  # fmt: skip
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -75,6 +75,7 @@ def test_optional_packages_are_imported_only_when_used(name: str) -> None:
 
 
 def test_the_light_commands_import_no_torch() -> None:
-    modules = "stl_lightning.__main__, stl_lightning.cli.ensemble, stl_lightning.cli.store"
+    names = ("cost", "ensemble", "report", "store")
+    modules = ", ".join(["stl_lightning.__main__", *(f"stl_lightning.cli.{name}" for name in names)])
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True)

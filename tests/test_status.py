@@ -17,12 +17,12 @@ import pytest
 from stl_lightning.__main__ import main
 from stl_lightning.errors import RunError
 from stl_lightning.exits import DONE, FAILED, UNFINISHED
-from stl_lightning.launch.compose import as_ranges, from_ranges
 from stl_lightning.launch.judge import judge
 from stl_lightning.launch.record import Launch, Process, write_launch
 from stl_lightning.launch.slurm import Job, ask_queue, read_queue
 from stl_lightning.launch.state import read_run_state
 from stl_lightning.paths import RunPaths, write_json
+from stl_lightning.ranges import as_ranges, from_ranges
 from stl_lightning.status import LOST_AFTER_S, Status, write_status
 
 STALE, FRESH = LOST_AFTER_S + 1, 1.0
@@ -327,7 +327,7 @@ def test_a_task_that_slurm_holds_is_named_with_its_cure(fake: FakeCommand, tmp_p
     state = read_run_state(a_run(tmp_path / "run", [None, None], launch))
     assert [report.state for report in state.branches] == ["queued", "queued"]
     (note,) = state.notes
-    assert note.endswith("scontrol release 17_0,17_1")
+    assert note == "SLURM holds jobs 17_0,17_1 (launch failed requeued held): scontrol release 17_0,17_1"
 
 
 def test_an_array_of_another_size_than_the_run(fake: FakeCommand, tmp_path: Path) -> None:

@@ -95,25 +95,27 @@ def _no_crop(augment: Augment, spectral: SpectralSplit) -> str | None:
             f"data.augment.aligned: expected true where slices are augmented with data.augment.crop_pad="
             f"{augment.crop_pad}, received {augment.aligned}; a slice moves by whole blocks of the image"
         )
-    return _no_blocks("crop_pad", spectral) or _no_padding("crop_pad", spectral, any(spectral.padding))
+    return _no_blocks("crop_pad", spectral) or _no_padding("data.augment.crop_pad", spectral, any(spectral.padding))
 
 
 def _no_erase(augment: Augment, spectral: SpectralSplit) -> str | None:
     if not augment.erase:
         return None
     reflected = any(spectral.padding) and spectral.pad != "zeros"  # erased pixels would be reflected
-    return _no_blocks("erase", spectral) or _no_padding("erase", spectral, reflected)
+    return _no_blocks("erase", spectral) or _no_padding("data.augment.erase", spectral, reflected)
 
 
-def _no_flip(augment: Augment, spectral: SpectralSplit, slices: Iterable[int]) -> str | None:
-    if not augment.flip or _signs(spectral, slices) is not None:
+def _no_mirror(setting: str, spectral: SpectralSplit, slices: Iterable[int]) -> str | None:
+    """Why the slices alone, which `setting` is to mirror, do not determine those of the mirror image."""
+    if _signs(spectral, slices) is not None:
         return None
     names = ", ".join(_flipping(spectral))
     can = f"Of this reorganisation and block these transforms can: {names}" if names else "No transform could"
-    return _no_padding("flip", spectral, spectral.padding[1] > 0) or (
-        f"data.augment.flip: expected false where slices are augmented, because one slice of data.transform="
-        f"{spectral.transform} with data.reorganisation={spectral.reorganisation} and data.block={spectral.block} does "
-        f"not determine its mirror image; received true. {can}"
+    return _no_padding(setting, spectral, spectral.padding[1] > 0) or (
+        f"{setting}: expected false where slices are mirrored without their images, because one slice of "
+        f"data.transform={spectral.transform} with data.reorganisation={spectral.reorganisation} and data.block="
+        f"{spectral.block} does not determine its mirror image; received true. {can}; "
+        f"where images are read (data.store=null) any can"
     )
 
 
@@ -126,12 +128,12 @@ def _no_blocks(name: str, spectral: SpectralSplit) -> str | None:
     )
 
 
-def _no_padding(name: str, spectral: SpectralSplit, in_the_way: bool) -> str | None:
+def _no_padding(setting: str, spectral: SpectralSplit, in_the_way: bool) -> str | None:
     if not in_the_way:
         return None
     return (
-        f"data.pad: expected a data.block that divides the image where slices are augmented with data.augment.{name}; "
-        f"received data.pad={spectral.pad}, which enlarges the image by {spectral.padding} pixels"
+        f"data.pad: expected a data.block that divides the image where {setting} changes slices; received data.pad="
+        f"{spectral.pad}, which enlarges the image by {spectral.padding} pixels"
     )
 
 
@@ -141,7 +143,7 @@ def _obstacle(augment: Augment, spectral: SpectralSplit, slices: Sequence[int]) 
         _no_resize(augment)
         or _no_crop(augment, spectral)
         or _no_erase(augment, spectral)
-        or _no_flip(augment, spectral, slices)
+        or (_no_mirror("data.augment.flip", spectral, slices) if augment.flip else None)
     )
 
 
@@ -207,6 +209,25 @@ class SliceAugment:
         assert self.signs is not None, "a flip has signs"
         mirrored = drawn[:, 2].bool()[:, None, None, None]
         return torch.where(mirrored, self.signs.to(x), 1)
+
+
+class SliceMirror:
+    """The slices of mirror images, `split(images.flip(-1))`, without the images; its own inverse.
+
+    Args:
+        spectral: The split that the slices come from; if its transform is learned, fitted.
+        groups: For each x[s] the slices that lie side by side in its channels.
+
+    Shapes: raw slices (s, n, c, h, w) -> the same. Raises: ConfigError if that is not exact for these slices.
+    """
+
+    def __init__(self, spectral: SpectralSplit, groups: Sequence[Sequence[int]]) -> None:
+        if reason := _no_mirror("ensemble.flips", spectral, [k for group in groups for k in group]):
+            raise ConfigError(reason)
+        self.signs = _signs_of_channels(spectral, groups)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.flip(-1).mul_(self.signs.to(x))
 
 
 def _signs_of_channels(spectral: SpectralSplit, groups: Sequence[Sequence[int]]) -> Tensor:

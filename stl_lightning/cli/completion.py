@@ -24,8 +24,10 @@ def completion(args: list[str]) -> int:
 def full_parser() -> argparse.ArgumentParser:
     """Every command with every option. Only completion needs them all at once."""
     from stl_lightning.cli.config import SpectralCLI
+    from stl_lightning.cli.cost import cost_parser
     from stl_lightning.cli.ensemble import ensemble_parser
     from stl_lightning.cli.launch import launch_parser, resubmit_parser
+    from stl_lightning.cli.report import report_parser
     from stl_lightning.cli.status import cancel_parser, status_parser
     from stl_lightning.cli.store import prepare_parser, verify_parser
 
@@ -34,7 +36,9 @@ def full_parser() -> argparse.ArgumentParser:
     with_config = SpectralCLI([], "fit").parser
     own = {
         "ensemble": [ensemble_parser()],
+        "report": [report_parser()],
         # Parsers of their own: `resolve` takes the options that are there twice away from the one that came first.
+        "cost": [SpectralCLI([], "cost").parser, cost_parser()],
         "prepare": [SpectralCLI([], "prepare").parser, prepare_parser()],
         "launch": [SpectralCLI([], "launch").parser, launch_parser()],
         "status": [status_parser()],

@@ -45,6 +45,7 @@ class SpectralCLI(LightningCLI):
                 "prog": f"stl {command}",
                 "usage": f"stl {command} [--config FILE.yaml] [--key.subkey VALUE ...]",
                 "description": description,
+                "allow_abbrev": False,  # a misspelt setting must not be taken for another
             },
             args=args,
             run=False,
@@ -71,6 +72,9 @@ class SpectralCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
+        if self.config.model.network_of is not None:
+            # YAML reads a single branch as a number; kept configs are compared key by key.
+            self.config.model.network_of = {str(key): value for key, value in self.config.model.network_of.items()}
 
     def instantiate_classes(self) -> None:
         """Nothing yet: a process may own several branches, and each gets a module and a trainer of its own."""
@@ -105,8 +109,12 @@ class SpectralCLI(LightningCLI):
         built = self.parser.instantiate(self.config)  # constructs the options, which check themselves
         ensemble = self.ensemble_options
         find_candidates(ensemble.weighting, ensemble.space, self.data.n_branches, self.data.n_classes)
-        module = built.model.build(self.data.in_shape, self.data.n_classes, self.data.seed, [self.data.branch])
-        module.check_output(self.data.in_shape, self.data.n_classes)
+        if ensemble.flips:
+            self.data.check_mirror()
+        for branch in [*built.model.designs(self.data.n_branches), self.data.branch]:
+            data = self._data_of(branch)
+            module = built.model.build(data.in_shape, data.n_classes, data.seed, [branch])
+            module.check_output(data.in_shape, data.n_classes)
         module.configure_optimizers()
         self.data.check(self.owned_branches())
 
@@ -131,13 +139,11 @@ class SpectralCLI(LightningCLI):
         config = copy.deepcopy(self.config)
         config.data.branch = branch
         built = self.parser.instantiate(config)
-        data = copy.copy(self.data)
-        data.select_branches([branch])
         return BranchJob(
             run=run,
-            data=data,
+            data=self._data_of(branch),
             module=built.model,
-            trainer_settings=dict(built.trainer),
+            trainer_settings=_with_list(dict(built.trainer)),
             config_yaml=self.parser.dump(config, skip_unset=False),
             options=self.options,
             tracking=self.tracking,
@@ -145,13 +151,20 @@ class SpectralCLI(LightningCLI):
             job_type=job_type,
         )
 
+    def _data_of(self, branch: int) -> SpectralDataModule:
+        """Of one branch; images that were read already are shared."""
+        data = copy.copy(self.data)
+        data.select_branches([branch])
+        return data
+
     def as_baseline(self) -> "SpectralCLI":
         """The same config for the conventional network: one branch, whose one slice is the whole image."""
         whole = {"reorganisation": "polyphase", "block": 1, "transform": "identity", "pad": None, "branch": None}
         whole["store"] = None  # which holds slices and no images
-        self.config.data.update(Namespace(slices_per_branch=1, **whole))
+        self.config.data.update(Namespace(slices_per_branch=1, common_slices=None, **whole))
         if self.config.baseline.network is not None:
             self.config.model.network = self.config.baseline.network
+        self.config.model.network_of = None
         self.config.run.branches = None
         return self
 
@@ -165,6 +178,12 @@ class SpectralCLI(LightningCLI):
         ours, theirs = (cli.config.data.as_dict() | {"branch": None} for cli in (self, other))
         if ours == theirs:
             self._data = other.data
+
+
+def _with_list(trainer: dict[str, Any]) -> dict[str, Any]:
+    """The settings with a single callback, which Lightning takes too, as a list of one."""
+    callbacks = trainer.get("callbacks") or []
+    return trainer | {"callbacks": callbacks if isinstance(callbacks, list | tuple) else [callbacks]}
 
 
 def kept_cli(paths: RunPaths, branch: int, overrides: Sequence[str] = ()) -> SpectralCLI:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def ensemble_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stl ensemble",
-        usage="stl ensemble RUN [--weighting NAME] [--space NAME] [--n_folds N] [--key.subkey VALUE ...]",
+        usage="stl ensemble RUN [--weighting NAME] [--space NAME] [--n_folds N] [--flips] [--key.subkey VALUE ...]",
         description="Combine the finished branches of a run and score them on the test set.",
         epilog="Settings of the run's config that say where it runs may be given too: --data.root, --data.num_workers, "
         "--trainer.accelerator, --tracking.wandb, ...",
@@ -26,6 +26,8 @@ def ensemble_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weighting", help="how members are weighted (default: as the run's config says)")
     parser.add_argument("--space", help="logits, log_prob, prob or auto (default: likewise)")
     parser.add_argument("--n_folds", type=int, help="folds of the search behind auto (default: likewise)")
+    help_text = "average logits over mirror images too (default: likewise)"
+    parser.add_argument("--flips", action=argparse.BooleanOptionalAction, help=help_text)
     return parser
 
 
@@ -36,7 +38,7 @@ def ensemble(args: list[str]) -> int:
     from stl_lightning.run import open_run
 
     run = open_run(RunPaths(Path(given.run)))
-    asked = {name: getattr(given, name) for name in ("weighting", "space", "n_folds")}
+    asked = {name: getattr(given, name) for name in ("weighting", "space", "n_folds", "flips")}
     overrides += [f"--ensemble.{name}={value}" for name, value in asked.items() if value is not None]
     combine(run, overrides)
     return 0

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING
 from stl_lightning.errors import ConfigError, RunError
 from stl_lightning.exits import DONE
 from stl_lightning.launch import again
-from stl_lightning.launch.compose import check_method, find_templates, site_options
+from stl_lightning.launch.compose import check_method, find_templates, limit_of_options, site_options
 from stl_lightning.launch.judge import RunState
 from stl_lightning.launch.local import n_cores
-from stl_lightning.launch.record import LOCAL, METHODS, RETRIES, Launch, launching
-from stl_lightning.launch.slurm import ask_queue, find_sbatch, limit_of_options
+from stl_lightning.launch.record import LOCAL, METHODS, RETRIES, Launch, launching, read_launches
+from stl_lightning.launch.slurm import ask_queue, find_sbatch
 from stl_lightning.launch.state import read_run_state
 from stl_lightning.launch.submit import as_commands, become_launcher, begin_here, queue_up
 from stl_lightning.paths import RunPaths, StorePaths
@@ -54,9 +55,10 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
         epilog="Settings of the config may be given too, as for `stl fit`.",
         allow_abbrev=False,
     )
+    before = ", or as the launch before" if command.startswith("resubmit") else ""
     parser.add_argument("--method", help=f"{', '.join(METHODS)} (default: array, a branch a task)")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes that srun or torchrun divide the branches over")
-    text = f"how often a branch that failed is tried again (default: {RETRIES})"
+    text = f"how often a branch that failed is tried again (default: {RETRIES}{before})"
     parser.add_argument("--retries", type=int, metavar="N", help=text)
     text = 'options of your site for sbatch, such as "--partition=gpu --gpus-per-task=1 --time=2:00:00"'
     parser.add_argument("--sbatch", action="append", metavar="OPTIONS", help=text)
@@ -79,6 +81,8 @@ def launch(args: list[str]) -> int:
             again.refuse_if_at_work(state)
             if not planned.is_local:
                 again.refuse_if_unknown(state)
+            if not _leave_out_finished(planned, state):
+                return DONE
         _begin(planned, paths, state, given.dry_run)
     return _finish(planned, paths, state, given.dry_run)
 
@@ -89,6 +93,7 @@ def resubmit(args: list[str]) -> int:
     paths = RunPaths(Path(given.run))
     state = read_run_state(paths)
     if not state.launches:
+        read_launches(paths)  # says what is wrong with a file that is there
         raise RunError(f"{paths.folder} was not started by `stl launch`, which keeps the config: call `stl launch`")
     planned = _with_options(_as_before(state.launches[-1], settings, given), given)
     _say([_meant_for_others(state.launches[-1], planned)])
@@ -243,8 +248,19 @@ def _choose(planned: Launch, state: RunState) -> bool:
     if planned.branches and planned.method in ("srun", "torchrun"):
         again.refuse_if_at_work(state)
         planned.branches = list(range(len(state.branches)))  # ranks divide all; those that have finished end at once
-    if planned.branches or is_due:
-        return True
+    return bool(planned.branches or is_due) or _nothing_to_do(state)
+
+
+def _leave_out_finished(planned: Launch, state: RunState) -> bool:
+    """Of a run that was launched before, take the branches that have not finished; whether anything is to do."""
+    finished = {report.branch for report in state.those("finished")}
+    if planned.method not in ("srun", "torchrun"):
+        planned.branches = [branch for branch in planned.branches if branch not in finished]
+    is_due = planned.has_ensemble and state.ensemble != "made"
+    return len(finished) < len(state.branches) or is_due or _nothing_to_do(state)
+
+
+def _nothing_to_do(state: RunState) -> bool:
     counts = ", ".join(f"{count} {name}" for name, count in state.counts.items())
     print(f"nothing to do: {counts}; ensemble: {state.ensemble}")
     return False
@@ -272,14 +288,16 @@ def _begin(planned: Launch, paths: RunPaths, state: RunState | None, dry_run: bo
 def _finish(planned: Launch, paths: RunPaths, state: RunState | None, dry_run: bool) -> int:
     if dry_run:
         return DONE
+    follow = f"stl status {shlex.quote(str(paths.folder))}"
     if planned.is_local:
+        print(f"{planned.n_workers} processes; {follow}")
         become_launcher(paths)
     for role, job in planned.jobs.items():
         print(f"{role}: job {job}")
     if state is not None and limit_of_options(planned.sbatch) is None:  # it is that of the partition
         limits = [job.limit_s for job in ask_queue(planned.jobs.values()).jobs.values() if job.limit_s]
         _say([again.too_short(min(limits, default=None), state)])
-    print(f"stl status {paths.folder}")
+    print(follow)
     return DONE
 
 

@@ -4,8 +4,7 @@ import json
 
 from stl_lightning.cli.config import SpectralCLI
 from stl_lightning.datamodule import Split
-from stl_lightning.ensemble.evaluate import scores
-from stl_lightning.ensemble.members import compute_outputs
+from stl_lightning.ensemble.members import compute_outputs, scores
 from stl_lightning.run import check_same_settings, open_run
 from stl_lightning.training import check_same_config
 
@@ -35,7 +34,7 @@ def _score(cli: SpectralCLI, split: Split) -> int:
     for branch in cli.owned_branches():
         job = cli.job(run, branch)
         check_same_config(job)
-        outputs = compute_outputs(job, split)
+        outputs = compute_outputs(job, split, cli.ensemble_options.flips)
         line = {"branch": branch, "split": split} | scores(outputs)
         print(json.dumps(line | {"logits": str(job.paths.logits(split))}), flush=True)
     return 0

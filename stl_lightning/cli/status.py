@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 from stl_lightning.exits import DONE
 from stl_lightning.launch.cancel import cancel_run
-from stl_lightning.launch.judge import BAD, BranchReport, RunState
+from stl_lightning.launch.judge import BranchReport, RunState
 from stl_lightning.launch.state import read_run_state
 from stl_lightning.paths import RunPaths
 
@@ -95,7 +96,7 @@ def as_table(state: RunState) -> str:
     """The branches in columns, the summary in one line, then what went wrong with whom."""
     lines = _aligned([HEADINGS, *(_cells(report) for report in state.branches)])
     lines.append(_summary(state))
-    for report in state.those(*BAD):
+    for report in state.branches:
         if report.problem:
             lines.append(f"branch {report.branch}: {report.problem.strip().rpartition(chr(10))[2]}")
     return "\n".join([*lines, *state.notes])
@@ -111,7 +112,7 @@ def _cells(report: BranchReport) -> tuple[str, ...]:
     if status is None or status.attempt == 0:
         return (str(report.branch), report.state, "", "", "", report.job or "", "", "")
     epoch = f"{status.epoch}" if status.n_epochs is None else f"{status.epoch} of {status.n_epochs}"
-    loss = "" if status.loss is None else f"{status.loss:.4f}"
+    loss = "" if status.loss is None else f"{status.loss:.4f}" if status.loss < 1e4 else f"{status.loss:.1e}"
     age = "" if report.age_s is None or report.state == "finished" else f"{as_time(report.age_s)} ago"
     left = [] if report.left_s is None else [as_time(report.left_s)]
     left += [] if report.job_left_s is None else [f"(job: {as_time(report.job_left_s)})"]
@@ -121,8 +122,16 @@ def _cells(report: BranchReport) -> tuple[str, ...]:
 
 def _summary(state: RunState) -> str:
     counts = ", ".join(f"{count} {name}" for name, count in state.counts.items())
-    cure = f"; `stl resubmit {state.paths.folder}` goes on" if state.exit_code and not state.is_in_work else ""
-    return f"{state.paths.folder}: {len(state.branches)} branches: {counts}; ensemble: {state.ensemble}{cure}"
+    return f"{state.paths.folder}: {len(state.branches)} branches: {counts}; ensemble: {state.ensemble}{_cure(state)}"
+
+
+def _cure(state: RunState) -> str:
+    """What the user may do now, of a run at which nothing is at work."""
+    if not state.exit_code or state.is_in_work or state.those("unreadable"):
+        return ""
+    if not state.launches:
+        return "; the command that started it goes on"
+    return f"; `stl resubmit {shlex.quote(str(state.paths.folder))}` goes on"
 
 
 def as_time(seconds: float) -> str:

@@ -1,15 +1,17 @@
 """From trained branches to the row of the table: fit the weights on validation logits, score the test set once."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from stl_lightning.ensemble import metrics
-from stl_lightning.ensemble.fit import FittedEnsemble, fit_ensemble
-from stl_lightning.ensemble.members import Outputs, branch_outputs
+from stl_lightning.ensemble.fit import FittedEnsemble, search
+from stl_lightning.ensemble.members import Outputs, branch_outputs, scores
 from stl_lightning.ensemble.model import save_fitted
 from stl_lightning.ensemble.options import EnsembleOptions
+from stl_lightning.ensemble.tables import by_members_rows, lost_rows, weighting_rows
 from stl_lightning.errors import CheckpointError, RunError
 from stl_lightning.paths import write_json
 from stl_lightning.run import Run
@@ -24,19 +26,22 @@ def evaluate(
     """Combine the branches that have finished; write `ensemble/results.json` and return what is in it.
 
     Weights, space and temperature are fitted on the validation split; "highest" is the branch that is best there.
+    The rows of `weightings` are those that were tried: all with `auto`, otherwise the one that was asked for.
     Raises: RunError if no branch can be combined.
     """
-    usable, left_out = _finished(jobs)
+    usable, left_out = _finished(jobs, options.flips)
     if not usable:
         reasons = "; ".join(left_out.values()) or "none has begun"
         raise RunError(f"{run.paths.folder}: no branch can be combined ({reasons}). Train them with `stl fit`")
     members = [job for job, _ in usable]
     present = [job.branch for job in members]
     val = _stack([outputs for _, outputs in usable])
-    test = _stack([branch_outputs(job, "test") for job in members])
-    ensemble = fit_ensemble(
+    test = _stack([branch_outputs(job, "test", options.flips) for job in members])
+    found = search(
         val.logits, val.labels, present, options.weighting, options.space, options.n_folds, run.settings["seed"]
     )
+    fitted = found.of_each_weighting()
+    ensemble = replace(fitted[found.chosen[0]], flips=options.flips)
     rows = [_branch_row(job, val, test, i, ensemble) for i, job in enumerate(members)]
     highest = max(rows, key=lambda row: row["val"]["accuracy"])
     results = {
@@ -51,31 +56,29 @@ def evaluate(
         "highest_branch": highest["branch"],
         "ensemble": scores(Outputs(ensemble.log_probs(test.logits), test.labels)),
         "ensemble_val": scores(Outputs(ensemble.log_probs(val.logits), val.labels)),
-        "baseline": _baseline_row(baseline) if baseline else None,
+        "baseline": _baseline_row(baseline, options.flips) if baseline else None,
         "weighting": ensemble.weighting,
         "space": ensemble.space,
         "temperature": ensemble.temperature,
+        "flips": options.flips,
         "cross_validation": ensemble.cv,
         "disagreement": metrics.disagreement(test.logits).tolist(),
         "traffic": total_bytes([_status(job).traffic.get("windows", {}) for job in members]),
         "branches": rows,
+        "weightings": weighting_rows(fitted.values(), val, test),
+        "lost": lost_rows(ensemble, test),
+        "by_members": by_members_rows(ensemble, val, test),
     }
     save_fitted(ensemble, run.paths.fitted)
     write_json(run.paths.results, results)
     return results
 
 
-def scores(outputs: Outputs) -> dict[str, float]:
-    """Every row of `METRICS`: accuracy and calibration error as shares, negative log-likelihood in nats."""
-    log_probs = outputs.logits.log_softmax(-1)
-    return {name: float(score(log_probs, outputs.labels)) for name, score in metrics.METRICS.items()}
-
-
 def _status(job: BranchJob) -> Status:
     return read_status(job.paths, job.branch)
 
 
-def _finished(jobs: Sequence[BranchJob]) -> tuple[list[tuple[BranchJob, Outputs]], dict[int, str]]:
+def _finished(jobs: Sequence[BranchJob], flips: bool) -> tuple[list[tuple[BranchJob, Outputs]], dict[int, str]]:
     """The branches that have finished with their validation outputs, and why each of the others is left out."""
     usable, left_out = [], {}
     for job in jobs:
@@ -87,7 +90,7 @@ def _finished(jobs: Sequence[BranchJob]) -> tuple[list[tuple[BranchJob, Outputs]
             left_out[job.branch] = f"it has not finished: {status.state}, epoch {status.epoch}"
             continue
         try:
-            usable.append((job, branch_outputs(job, "val")))
+            usable.append((job, branch_outputs(job, "val", flips)))
         except CheckpointError as error:
             left_out[job.branch] = str(error)
     return usable, left_out
@@ -106,7 +109,7 @@ def _branch_row(job: BranchJob, val: Outputs, test: Outputs, i: int, ensemble: F
     return {
         "branch": job.branch,
         "slices": list(job.data.reads[0]),
-        "frequency": list(job.data.spectral.frequencies[job.branch]),
+        "frequency": list(job.data.spectral.frequencies[job.data.reads[0][0]]),
         "n_parameters": _n_parameters(job),
         "val": scores(Outputs(val.logits[i], val.labels)),
         "test": scores(Outputs(test.logits[i], test.labels)),
@@ -114,11 +117,11 @@ def _branch_row(job: BranchJob, val: Outputs, test: Outputs, i: int, ensemble: F
     }
 
 
-def _baseline_row(job: BranchJob) -> dict[str, Any]:
-    usable, left_out = _finished([job])
+def _baseline_row(job: BranchJob, flips: bool) -> dict[str, Any]:
+    usable, left_out = _finished([job], flips)
     if not usable:
         return {"left_out": left_out[job.branch]}
-    return scores(branch_outputs(job, "test")) | {"n_parameters": _n_parameters(job)}
+    return scores(branch_outputs(job, "test", flips)) | {"n_parameters": _n_parameters(job)}
 
 
 def _n_parameters(job: BranchJob) -> int:

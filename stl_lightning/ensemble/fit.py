@@ -47,6 +47,7 @@ class FittedEnsemble:
     temperature: float
     members: tuple[int, ...]  # branch numbers, in the order of the weights
     cv: tuple[Score, ...]  # what was tried, in the order of the table
+    flips: bool = False  # whether the members' logits are means over an image and its mirror image
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """Log-probabilities of the ensemble: logits (b, n, k) in the order of `members` -> (n, k)."""
@@ -85,6 +86,71 @@ def _share_out(weights: Tensor, kept: list[int]) -> Tensor:
     return torch.where(rest.sum(0) > 0, rest * (total / rest.sum(0)), total / len(kept))
 
 
+@dataclass(frozen=True, eq=False)
+class Search:
+    """Candidates and how well they predicted the samples of folds that they were not fitted to. Made by `search`."""
+
+    logits: Tensor  # (b, n, k), float64
+    labels: Tensor  # (n,)
+    members: tuple[int, ...]
+    order: Tensor  # (n,) of the samples, fold by fold
+    predictions: dict[Candidate, Tensor]  # log-probabilities (m, k) of the first m samples of `order`
+    losses: dict[Candidate, Tensor]  # (m,) after the best temperature, in nats
+
+    @property
+    def chosen(self) -> Candidate:
+        """The first whose loss is within one standard error (of the paired difference) of the lowest."""
+        return _within(1.0, {c: loss for c, loss in self.losses.items() if len(loss) == len(self.order)})[0]
+
+    def fitted(self, candidate: Candidate | None = None) -> FittedEnsemble:
+        """The weights of a candidate, by default the chosen one, fitted to all samples.
+
+        The temperature is fitted to the cross-validated predictions, which do not flatter many weights.
+        """
+        name, space = candidate = candidate or self.chosen
+        predictions = self.predictions[candidate]
+        return FittedEnsemble(
+            weighting=name,
+            space=space,
+            weights=WEIGHTINGS[name](self.logits, self.labels, space),
+            temperature=fit_temperature(predictions, self.labels[self.order[: len(predictions)]]),
+            members=self.members,
+            cv=tuple(_score(c, self.losses[c], p, self.labels[self.order]) for c, p in self.predictions.items()),
+        )
+
+    def of_each_weighting(self) -> dict[str, FittedEnsemble]:
+        """Every weighting fitted, in the space that suits it best; the chosen one in that which was chosen."""
+        # Of two that were given up the one that was tried longer is better.
+        ranked = sorted(self.losses, key=lambda c: (len(self.losses[c]), -self.losses[c].mean().item()))
+        spaces = dict(ranked) | dict([self.chosen])
+        return {name: self.fitted((name, spaces[name])) for name in WEIGHTINGS if name in spaces}
+
+
+def search(
+    logits: Tensor,
+    labels: Tensor,
+    members: Sequence[int],
+    weighting: str = AUTO,
+    space: str = AUTO,
+    n_folds: int = 5,
+    seed: int = 0,
+) -> Search:
+    """Cross-validates what the settings leave open on validation logits (b, n, k), labels (n,) of numbered members.
+
+    At most `MAX_VALUES` logits are used, of the first samples: a validation split is in random order.
+
+    Raises ConfigError for unknown or unfit settings and DataError for unfit logits or labels.
+    """
+    _check(logits, labels, members, n_folds)
+    candidates = find_candidates(weighting, space, len(members), logits.shape[-1])
+    logits, labels = _at_most(max(n_folds, MAX_VALUES // logits[:, :1].numel()), logits, labels)
+    folds = _folds(len(labels), n_folds, seed, labels.device)
+    predictions = _cross_predict(logits, labels, candidates, folds)
+    order = torch.cat(folds)
+    losses = {c: _tempered_losses(p, labels[order[: len(p)]]) for c, p in predictions.items()}
+    return Search(logits, labels, tuple(members), order, predictions, losses)
+
+
 def fit_ensemble(
     logits: Tensor,
     labels: Tensor,
@@ -94,33 +160,25 @@ def fit_ensemble(
     n_folds: int = 5,
     seed: int = 0,
 ) -> FittedEnsemble:
-    """Fits weights and temperature to validation logits (b, n, k) and labels (n,) of the numbered members.
+    """The best that a `search` with these arguments finds, fitted to all samples."""
+    return search(logits, labels, members, weighting, space, n_folds, seed).fitted()
 
-    `auto` takes the first candidate, in the order of `WEIGHTINGS`, whose cross-validated NLL after the
-    temperature is within one standard error (of the paired difference) of the lowest. The temperature is
-    fitted to the cross-validated predictions, which do not flatter a weighting with many weights.
 
-    At most `MAX_VALUES` logits are used, of the first samples: a validation split is in random order.
+def refit(logits: Tensor, labels: Tensor, members: Sequence[int], weighting: str, space: str) -> FittedEnsemble:
+    """One weighting without cross-validation: the temperature is fitted to the same samples as the weights.
 
-    Raises ConfigError for unknown or unfit settings and DataError for unfit logits or labels.
+    That flatters weightings of many weights, and takes a sixth of the time of `fit_ensemble`.
     """
-    _check(logits, labels, members, n_folds)
-    candidates = find_candidates(weighting, space, len(members), logits.shape[-1])
-    n_fitted = max(n_folds, MAX_VALUES // logits[:, :1].numel())
-    logits, labels = logits[:, :n_fitted].double(), labels[:n_fitted]
-    folds = _folds(len(labels), n_folds, seed, labels.device)
-    predictions = _cross_predict(logits, labels, candidates, folds)
-    order = torch.cat(folds)
-    losses = {c: _tempered_losses(p, labels[order[: len(p)]]) for c, p in predictions.items()}
-    chosen = _within(1.0, {c: loss for c, loss in losses.items() if len(loss) == len(order)})[0]
+    logits, labels = _at_most(MAX_VALUES // logits[:, :1].numel(), logits, labels)
+    weights = WEIGHTINGS[weighting](logits, labels, space)
     return FittedEnsemble(
-        weighting=chosen[0],
-        space=chosen[1],
-        weights=WEIGHTINGS[chosen[0]](logits, labels, chosen[1]),
-        temperature=fit_temperature(predictions[chosen], labels[order]),
-        members=tuple(members),
-        cv=tuple(_score(c, losses[c], predictions[c], labels[order]) for c in candidates),
+        weighting, space, weights, fit_temperature(pool(logits, weights, space), labels), tuple(members), ()
     )
+
+
+def _at_most(n: int, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The first n samples, in float64."""
+    return logits[:, :n].double(), labels[:n]
 
 
 def find_candidates(weighting: str, space: str, n_members: int, n_classes: int) -> list[Candidate]:

@@ -24,7 +24,8 @@ from stl_lightning.training import BranchJob, load_best
 class SpectralEnsemble(nn.Module):
     """Splits images, runs each branch on its slices, and adds their outputs up.
 
-    Equivalent: `fitted.log_probs` of the stacked branch outputs. Only the slices are computed that a branch reads, in
+    Equivalent: `fitted.log_probs` of the stacked branch outputs, with `flips` of their means over each image and its
+    mirror image. Only the slices are computed that a branch reads, in
     one pass. Branches of one architecture, if it is a chain that `stacked` can batch, are copied into one network;
     the others are called one after the other.
     Shapes: images (n, c, H, W), uint8 or float in [0, 1] -> log-probabilities (n, k).
@@ -56,6 +57,10 @@ class SpectralEnsemble(nn.Module):
 
     def member_logits(self, images: Tensor) -> Tensor:
         """The logits (b, n, k) of every branch."""
+        logits = self._logits(images)
+        return (logits + self._logits(images.flip(-1))) / 2 if self.fitted.flips else logits
+
+    def _logits(self, images: Tensor) -> Tensor:
         parts = self.spectral.slices(images, self.slices).split(self.widths, 1)
         logits = [group(part) for group, part in zip(self.groups, parts, strict=True)]
         together = torch.cat(logits) if len(logits) > 1 else logits[0]
@@ -130,7 +135,7 @@ def build_ensemble(jobs: Sequence[BranchJob], fitted: FittedEnsemble) -> Spectra
 
 def save_fitted(fitted: FittedEnsemble, path: Path) -> None:
     """Undone by `load_fitted`."""
-    settings = {name: getattr(fitted, name) for name in ("weighting", "space", "temperature", "members", "cv")}
+    settings = {name: getattr(fitted, name) for name in ("weighting", "space", "temperature", "members", "cv", "flips")}
     blob = safetensors.torch.save({"weights": fitted.weights.contiguous()}, {"fitted": json.dumps(settings)})
     write_atomically(path, lambda file: file.write(blob))
 

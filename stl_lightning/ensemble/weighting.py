@@ -42,14 +42,14 @@ def by_inverse_loss(logits: Tensor, labels: Tensor, space: str) -> Tensor:
 
 def geometric(logits: Tensor, labels: Tensor, space: str) -> Tensor:
     """p (1 - p)^rank, rank 0 for the best accuracy; the p of `GEOMETRIC_P` with the lowest tempered NLL."""
-    rank = _ranks(logits, labels)
+    rank = ranking(logits, labels)
     p = logits.new_tensor(GEOMETRIC_P)[:, None]
     return _best_of(p * (1 - p) ** rank, logits, labels, space)
 
 
 def topk(logits: Tensor, labels: Tensor, space: str) -> Tensor:
     """1 / m for the m most accurate members; the m with the lowest tempered NLL."""
-    rank = _ranks(logits, labels)
+    rank = ranking(logits, labels)
     cutoff = torch.arange(len(logits), device=logits.device)[:, None]
     return _best_of((rank <= cutoff).to(logits), logits, labels, space)
 
@@ -111,7 +111,7 @@ def _member_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([nll(member, labels) for member in logits.log_softmax(-1)])
 
 
-def _ranks(logits: Tensor, labels: Tensor) -> Tensor:
+def ranking(logits: Tensor, labels: Tensor) -> Tensor:
     """(b,) 0 for the most accurate member; of two that are equal, the one with the lower NLL comes first."""
     by_loss = _member_losses(logits, labels).argsort(stable=True)
     correct = (logits.argmax(-1) == labels).sum(-1)

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -10,9 +10,11 @@ from types import MappingProxyType
 from stl_lightning.errors import ConfigError, unknown
 from stl_lightning.launch.record import METHODS, Launch
 from stl_lightning.paths import RunPaths
+from stl_lightning.ranges import as_ranges
 
 # Options of sbatch that follow from the launch: given again, they would disagree with it.
 OWN_OPTIONS = ("--array", "--nodes", "--ntasks", "--dependency", "--parsable", "--wrap")
+WARNING_S = 120  # before the time limit, as the templates have it
 OWN_LETTERS = ("-a", "-N", "-n", "-d")
 
 
@@ -67,7 +69,7 @@ def compose(
     if launch.branches:
         waits_for = ["prepare"] if launch.prepares else []
         number = "%A_%a" if launch.method == "array" else "%j"
-        options = (*_options(launch, paths, "", f"%x-{number}"), *_size(launch))
+        options = (*_warning(launch), *_options(launch, paths, "", f"%x-{number}"), *_size(launch))
         script = (str(templates / f"{launch.method}.sbatch"), *config)
         retries = {"STL_RETRIES": str(launch.retries)}
         commands.append(Submission("branches", options, script, "afterok", tuple(waits_for), retries | dict(environ)))
@@ -83,6 +85,12 @@ def _options(launch: Launch, paths: RunPaths, role: str, log: str) -> tuple[str,
     """Those of the site come last, since sbatch heeds the last of two."""
     name = f"stl-{paths.folder.name}" + (f"-{role}" if role else "")
     return f"--job-name={name}", f"--output={paths.logs / log}.out", *launch.sbatch
+
+
+def _warning(launch: Launch) -> tuple[str, ...]:
+    """Before a time limit of minutes, a later warning than the templates': that would come before the first step."""
+    limit = limit_of_options(launch.sbatch)
+    return () if limit is None or limit >= 4 * WARNING_S else (f"--signal=USR1@{int(limit // 4)}",)
 
 
 def _size(launch: Launch) -> tuple[str, ...]:
@@ -104,28 +112,6 @@ def as_shell(commands: Sequence[Submission], folder: str, paths: RunPaths, here:
     return "\n".join(lines)
 
 
-def as_ranges(numbers: Iterable[int]) -> str:
-    """3,7-9 of 3, 7, 8, 9. The inverse is `from_ranges`."""
-    ranges: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if ranges and ranges[-1][-1] == number - 1:
-            ranges[-1] = [ranges[-1][0], number]
-        else:
-            ranges.append([number])
-    return ",".join("-".join(map(str, ends)) for ends in ranges)
-
-
-def from_ranges(text: str) -> list[int]:
-    """3, 7, 8, 9 of 3,7-9%2: also with steps (0-8:4), as SLURM writes them. The inverse of `as_ranges`."""
-    numbers: list[int] = []
-    for part in text.strip("[]").partition("%")[0].split(","):
-        ends, _, step = part.partition(":")
-        first, _, last = ends.partition("-")
-        if first.isdigit():  # a long list ends in dots
-            numbers += range(int(first), int(last or first) + 1, int(step or 1))
-    return numbers
-
-
 def site_options(texts: Sequence[str]) -> list[str]:
     """The words of `--sbatch "..."`, as a shell splits them.
 
@@ -139,6 +125,32 @@ def site_options(texts: Sequence[str]) -> list[str]:
                 f"{word!r}, which follows from the config, --method and --nodes"
             )
     return words
+
+
+def limit_of_options(options: Sequence[str]) -> float | None:
+    """Seconds of the last `--time` among options of sbatch, as SLURM reads it; None without one, or without a limit."""
+    limit = None
+    for word, following in zip(options, [*options, ""][1:], strict=True):
+        if word in ("-t", "--time"):
+            limit = following
+        elif word.startswith("--time="):
+            limit = word.removeprefix("--time=")
+        elif word.startswith("-t") and not word.startswith("--"):
+            limit = word.removeprefix("-t")
+    return None if limit is None else limit_s(limit)
+
+
+def limit_s(text: str) -> float | None:
+    """Seconds of one of SLURM's formats: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. None for UNLIMITED and what is none."""
+    days, _, clock = text.rpartition("-")
+    if not all(part.isdigit() for part in [days or "0", *clock.split(":")]):
+        return None
+    parts = [int(part) for part in clock.split(":")]
+    if days or len(parts) == 3:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, minutes, seconds = 0, *[*parts, 0][:2]
+    return 86400.0 * int(days or 0) + 3600.0 * hours + 60.0 * minutes + seconds
 
 
 def check_method(method: str, nodes: int | None, n_branches: int | None = None) -> None:

@@ -21,8 +21,9 @@ from stl_lightning.errors import STLError
 from stl_lightning.exits import DONE, FAILED, FENCED, INTERRUPTED, REFUSED
 from stl_lightning.launch.record import Launch, Process, launching, read_launches, write_launch
 from stl_lightning.paths import RunPaths
+from stl_lightning.ranges import as_ranges
 from stl_lightning.status import Status, read_status, write_status
-from stl_lightning.supervisor import N_LOG_LINES, Ended, record_end
+from stl_lightning.supervisor import N_LOG_LINES, Ended, how_it_ended, record_end
 
 POLL_S = 0.1
 STL = (sys.executable, "-m", "stl_lightning")
@@ -67,6 +68,7 @@ class LocalScheduler:
     waiting: deque[list[int]] = field(default_factory=deque)  # groups of branches that train together
     children: list[Child] = field(default_factory=list)
     n_bad_ends: dict[int, int] = field(default_factory=dict)  # of a branch that trained alone
+    killed: set[tuple[int, ...]] = field(default_factory=set)  # groups whose worker was
     asked_to_leave: bool = False
     n_started: int = 0
 
@@ -156,9 +158,16 @@ class LocalScheduler:
             self.n_bad_ends[child.branches[0]] = 1 + self.n_bad_ends.get(child.branches[0], 0)
         statuses = {branch: self._status(branch) for branch in child.branches}
         n_failures = {branch: self._n_failures(branch, status) for branch, status in statuses.items()}
-        again = to_try_again(code, statuses, n_failures, self.launch.retries)
+        if code < 0 and len(child.branches) > 1 and child.branches not in self.killed:
+            self.killed.add(child.branches)  # once may be an accident
+            again = [[branch for branch, status in statuses.items() if status.state != "finished"]]
+        else:
+            again = to_try_again(code, statuses, n_failures, self.launch.retries)
         self.waiting.extend(again)
         kept = {branch for group in again for branch in group}
+        if kept and code != INTERRUPTED:
+            what = f"worker of branches {as_ranges(child.branches)} {how_it_ended(code)}; {as_ranges(kept)} go on"
+            print(what, file=sys.stderr, flush=True)
         for branch in child.branches:
             if branch not in kept and statuses[branch].state != "finished":
                 print(f"branch {branch}: given up (exit code {code}); see {child.log}", file=sys.stderr, flush=True)

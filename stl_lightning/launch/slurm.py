@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from stl_lightning.errors import ConfigError, RunError
-from stl_lightning.launch.compose import Submission, from_ranges
+from stl_lightning.launch.compose import Submission
+from stl_lightning.ranges import from_ranges
 
 ANSWER_S = 3.0  # after which `squeue` counts as hanging; a busy controller takes one
 OVER = {
@@ -35,7 +36,7 @@ class Job:
     limit_s: float | None = None
     start_s: float | None = None
     end_s: float | None = None  # at the latest
-    is_held: bool = False  # until somebody releases it
+    held: str | None = None  # why it waits until somebody releases it
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,9 @@ def _jobs(row: Mapping[str, Any]) -> list[Job]:
         tasks = from_ranges(row.get("array_task_string") or "") if task is None else [task]
         names = [f"{array}_{number}" for number in tasks]
     limit_s = None if limit_min is None else 60.0 * limit_min
-    is_held = state == "waiting" and "held" in str(row.get("state_reason")).lower()
-    return [Job(name, state, "+".join(words), limit_s, start_s, end_s, is_held) for name in names]
+    reason = str(row.get("state_reason"))
+    held = reason if state == "waiting" and "held" in reason.lower() else None
+    return [Job(name, state, "+".join(words), limit_s, start_s, end_s, held) for name in names]
 
 
 def _number(value: Any, zero: bool = False) -> int | None:
@@ -149,29 +151,3 @@ def cancel_jobs(job_ids: Sequence[str]) -> None:
 
 def _last_line(text: str) -> str:
     return text.strip().rpartition("\n")[2]
-
-
-def limit_of_options(options: Sequence[str]) -> float | None:
-    """Seconds of the last `--time` among options of sbatch, as SLURM reads it; None without one, or without a limit."""
-    limit = None
-    for word, following in zip(options, [*options, ""][1:], strict=True):
-        if word in ("-t", "--time"):
-            limit = following
-        elif word.startswith("--time="):
-            limit = word.removeprefix("--time=")
-        elif word.startswith("-t") and not word.startswith("--"):
-            limit = word.removeprefix("-t")
-    return None if limit is None else limit_s(limit)
-
-
-def limit_s(text: str) -> float | None:
-    """Seconds of one of SLURM's formats: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. None for UNLIMITED and what is none."""
-    days, _, clock = text.rpartition("-")
-    if not all(part.isdigit() for part in [days or "0", *clock.split(":")]):
-        return None
-    parts = [int(part) for part in clock.split(":")]
-    if days or len(parts) == 3:
-        hours, minutes, seconds = [*parts, 0, 0][:3]
-    else:
-        hours, minutes, seconds = 0, *[*parts, 0][:2]
-    return 86400.0 * int(days or 0) + 3600.0 * hours + 60.0 * minutes + seconds

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from stl_lightning.attempts import is_alive
 from stl_lightning.errors import RunError
-from stl_lightning.launch.compose import as_ranges
-from stl_lightning.launch.judge import BranchReport, EnsembleState, RunState, judge
+from stl_lightning.launch.judge import BranchReport, EnsembleState, Judged, RunState, judge
 from stl_lightning.launch.record import Launch, read_launches
 from stl_lightning.launch.slurm import Job, Queue, ask_queue, base
 from stl_lightning.paths import RunPaths, file_system_now
+from stl_lightning.ranges import as_ranges
 from stl_lightning.run import open_run
 from stl_lightning.status import Status, heartbeat_age_s, read_status
 
@@ -37,7 +37,8 @@ def read_run_state(paths: RunPaths) -> RunState:
     names = _job_names(launches, statuses)
     retries = {job: launch.retries for launch in launches for job in launch.jobs.values()}
     reports = [_report(paths, report, queue, names.get(report.branch, ()), retries, now_s) for report in read]
-    notes += _ended_jobs(paths, reports, queue, names) + _held_jobs(queue)
+    notes += _ended_jobs(paths, reports, queue, names)
+    notes += _prepare_jobs(launches, queue) + _held_jobs(queue)
     ensemble = "queued" if _awaits_ensemble(launches, queue) else results
     return RunState(paths, launches, reports, ensemble, queue, notes)
 
@@ -128,7 +129,18 @@ def _report(
     tries = retries.get(status.job or "", retries.get(base(status.job or ""), 0))
     state = judge(status, age_s or 0.0, is_gone, jobs, tries, time.time())
     active = tuple(job for job in jobs if job.state != "over")
-    return replace(read, state=state, age_s=age_s, active=active, problem=status.error if state == "failed" else None)
+    return replace(read, state=state, age_s=age_s, active=active, problem=_error(status, state, tries))
+
+
+def _error(status: Status, state: Judged, tries: int) -> str | None:
+    """What a branch failed of, also while its job tries it again."""
+    if status.state != "failed" or state not in ("failed", "queued"):
+        return None
+    error = status.error or ""
+    # Of a process that could not say what it died of, its last words.
+    last_words = f": {status.log_tail[-1]}" if error.startswith("ended with") and status.log_tail else ""
+    again = f" (try {status.n_failures + 1} of {tries + 1} comes)" if state == "queued" else ""
+    return error + last_words + again
 
 
 def _ended_jobs(
@@ -153,10 +165,16 @@ def _ended_jobs(
 
 
 def _held_jobs(queue: Queue) -> list[str]:
-    """SLURM holds a task that it could not start, for fear that the next try ends so too."""
-    held = sorted(job.id for job in queue.jobs.values() if job.is_held)
-    cure = f"once the node that could not start it is in order: scontrol release {','.join(held)}"
-    return [f"SLURM holds job {', '.join(held)}; {cure}"] if held else []
+    """A task waits for who held it or, where a node could not start it, for somebody to look at that node."""
+    reasons = sorted({job.held for job in queue.jobs.values() if job.held})
+    names = {reason: ",".join(job.id for job in queue.jobs.values() if job.held == reason) for reason in reasons}
+    return [f"SLURM holds jobs {jobs} ({reason}): scontrol release {jobs}" for reason, jobs in names.items()]
+
+
+def _prepare_jobs(launches: Sequence[Launch], queue: Queue) -> list[str]:
+    """What the branches wait for."""
+    jobs = [launch.jobs["prepare"] for launch in launches if "prepare" in launch.jobs]
+    return [f"job {job.id} prepares the store: {job.state}" for name in jobs for job in queue.active(name)]
 
 
 def _results(paths: RunPaths, statuses: Mapping[int, Status]) -> EnsembleState:

@@ -10,7 +10,9 @@ from rich.table import Table
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:
     """Print the tables; as plain Markdown when the output is not a terminal."""
     console = console or Console()
-    for table in (branch_table(results), summary_table(results)):
+    for table in (branch_table(results), weighting_table(results), members_table(results), summary_table(results)):
+        if not table.row_count:
+            continue
         table.box = HEAVY_HEAD if console.is_terminal else MARKDOWN
         console.print(table)
     for line in _remarks(results):
@@ -22,6 +24,8 @@ def _remarks(results: dict[str, Any]) -> list[str]:
         f"weights: {results['weighting']} on {results['space']}, fitted on the validation split; "
         f"temperature {results['temperature']:.3f}; {results['n_test']} test images"
     ]
+    if results.get("flips"):
+        lines.append("logits are means over each image and its mirror image, also those of the baseline")
     sent, received = (results["traffic"][name] for name in ("bytes_sent", "bytes_received"))
     counted = "not counted" if sent is None or received is None else f"{sent:,} and {received:,}"
     lines.append(f"bytes sent and received while training: {counted}")
@@ -51,10 +55,11 @@ def summary_table(results: dict[str, Any]) -> Table:
 
 
 def branch_table(results: dict[str, Any]) -> Table:
-    """A row a branch: what it reads, how good it is alone, what it weighs in the sum."""
+    """A row a branch: what it reads, how good it is alone, what it weighs in the sum, and what is left without it."""
     table = Table(title="branches")
-    for column in ("branch", "(u, v)", "parameters", "val acc", "test acc", "test NLL", "weight"):
-        table.add_column(column, justify="right")
+    for column in ("branch", "(u, v)", "parameters", "val acc", "test acc", "test NLL", "weight", "without"):
+        table.add_column(column, justify="right", no_wrap=column in ("parameters", "without"))
+    without = {row["branch"]: row["test"]["accuracy"] for row in results.get("lost", {}).get("leave_one_out", [])}
     for row in results["branches"]:
         u, v = row["frequency"]
         table.add_row(
@@ -65,7 +70,44 @@ def branch_table(results: dict[str, Any]) -> Table:
             percent(row["test"]["accuracy"]),
             f"{row['test']['nll']:.4f}",
             "-" if row["weight"] is None else f"{row['weight']:.3f}",
+            percent(without[row["branch"]]) if without else "-",
         )
+    return table
+
+
+def weighting_table(results: dict[str, Any]) -> Table:
+    """A row for each weighting that was tried, fitted on the validation split; a star marks the one that was taken.
+
+    The NLL of the cross-validation decided. Accuracy on the images of the fit would flatter many weights.
+    """
+    table = Table(title="weightings")
+    for column in ("weighting", "space", "temp.", "cv NLL", "test acc", "test NLL", "test ECE"):
+        table.add_column(column, justify="left" if column in ("weighting", "space") else "right")
+    cv_nll = {(score["weighting"], score["space"]): score["nll"] for score in results["cross_validation"]}
+    for row in results.get("weightings", []):
+        table.add_row(
+            row["weighting"] + (" *" if row["weighting"] == results["weighting"] else ""),
+            row["space"],
+            f"{row['temperature']:.3f}",
+            f"{cv_nll[row['weighting'], row['space']]:.4f}",
+            percent(row["test"]["accuracy"]),
+            f"{row['test']['nll']:.4f}",
+            f"{row['test']['ece']:.4f}",
+        )
+    return table
+
+
+def members_table(results: dict[str, Any]) -> Table:
+    """Test accuracy by number: of the n best members, fitted anew, and of the ensemble that loses its n heaviest."""
+    rows, worst = results.get("by_members", []), results.get("lost", {}).get("worst", [])
+    table = Table(title="members")
+    for column in ("n", "n best, " + (rows[0]["weighting"] if rows else ""), "without the n heaviest"):
+        table.add_column(column, justify="right")
+    if len(rows) < 2:  # one member alone, or results that were written before there were such rows
+        return table
+    without = [percent(row["test"]["accuracy"]) for row in worst]
+    for row, lost in zip(rows, [*without, "-"], strict=True):
+        table.add_row(str(row["n"]), percent(row["test"]["accuracy"]), lost)
     return table
 
 

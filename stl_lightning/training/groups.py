@@ -29,7 +29,7 @@ from stl_lightning.ranks import job_id
 from stl_lightning.stacked import describe
 from stl_lightning.status import State, Status, read_status, write_status
 from stl_lightning.strategy import pick_device
-from stl_lightning.tracking import EpochLogger, branch_loggers, close
+from stl_lightning.tracking import EpochLogger, EpochLogits, branch_loggers, close
 from stl_lightning.traffic import forbid_process_groups
 from stl_lightning.training.heartbeat import Heartbeat
 from stl_lightning.training.job import BranchJob, resume_point, why_not_stacked
@@ -71,6 +71,9 @@ class Attempt:
             n_failures=n_failures, traffic=old.traffic,
         )  # fmt: skip
         write_status(paths, self.status)
+        goes_on = f", goes on after epoch {old.epoch}, step {old.step}" if old.step else ""
+        with suppress(OSError):  # where the log is on a full disk
+            print(f"{job.job_type} {job.branch}: attempt {number}{goes_on}; {job.paths.folder}", flush=True)
         self.has_begun = True
 
     def open_loggers(self) -> None:
@@ -290,12 +293,17 @@ def _fit(group: Sequence[Attempt], heartbeat: Heartbeat) -> list[tuple[Attempt, 
     over = best.ended(module) or range(len(jobs))  # the others go on without those that ended early
     missing = [i for i in over if not jobs[i].paths.best.exists() and module.is_alive(i)]
     if missing:  # there was no validation
-        trainer.save_checkpoint("best.ckpt", weights_only=True, storage_options=missing)
+        with module.validated_weights():
+            trainer.save_checkpoint("best.ckpt", weights_only=True, storage_options=missing)
         files.flush()
     return [
         (group[i], "finished", None) if module.is_alive(i) else (group[i], "failed", str(module.divergence(i)))
         for i in over
     ]
+
+
+def _epoch_logits(group: Sequence[Attempt]) -> list[EpochLogits]:
+    return [EpochLogits(attempt.job.paths) for attempt in group if attempt.job.options.epoch_logits]
 
 
 def chunk_of(checkpoint: dict[str, Any], wanted: int | None) -> int | None:
@@ -319,6 +327,7 @@ def _training_trainer(
     limit = settings.get("gradient_clip_val")
     module.gradient_clip = (float(limit), settings.get("gradient_clip_algorithm") or "norm") if limit else None
     module.accumulate = settings.get("accumulate_grad_batches") or 1
+    module.n_kept_logits = job.options.epoch_logits
     data.chunk = job.options.chunk if chunks(settings) else None
     if resume_from is not None:
         data.chunk = chunk_of(load_checkpoint(resume_from), data.chunk)
@@ -327,7 +336,7 @@ def _training_trainer(
     callbacks = [
         *(callback for callback in users if shows_bar or not isinstance(callback, ProgressBar)),
         heartbeat,
-        epochs := EpochLogger([attempt.loggers for attempt in group]),
+        epochs := EpochLogger([attempt.loggers for attempt in group], _epoch_logits(group)),
         best,
         last := LastCheckpoint(
             job.options.checkpoint_every_s,

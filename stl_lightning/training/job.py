@@ -25,8 +25,8 @@ from stl_lightning.tracking import TrackingOptions
 # Settings that may change between two attempts at a branch: where and how it runs, not what it computes.
 FREE_SETTINGS = (
     "config", "run.name", "run.root", "run.branches", "run.checkpoint_every_n_steps", "run.checkpoint_every_s",
-    "run.stack", "run.chunk", "tracking", "ensemble", "baseline", "data.root", "data.download", "data.store",
-    "data.num_workers", "data.eval_batch_size", "data.predict_split", "data.branch", "model.compile",
+    "run.stack", "run.chunk", "run.epoch_logits", "tracking", "ensemble", "baseline", "data.root", "data.download",
+    "data.store", "data.num_workers", "data.eval_batch_size", "data.predict_split", "data.branch", "model.compile",
     "trainer.accelerator", "trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.profiler",
     "trainer.log_every_n_steps",
 )  # fmt: skip

@@ -1,0 +1,90 @@
+"""What the figures of a run are drawn from: its result files, and a sample of its slices.
+
+Letters: e epochs, n samples, b slices, c channels, h w space, k classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from stl_lightning.cost import read_epochs
+from stl_lightning.paths import BranchPaths, RunPaths, read_json
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """An image of the validation split, its slices, their frequencies and the share of the energy that each holds.
+
+    Shapes: image (c, h, w) in [0, 1]; slices (c_k, h, w) each; energies (b,) of sum 1.
+    """
+
+    image: Tensor
+    label: str
+    slices: Sequence[Tensor]
+    frequencies: Sequence[tuple[int, int]]
+    energies: Sequence[float]
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """The numbers of one run. What may be missing is None, or empty."""
+
+    results: dict[str, Any]  # results.json
+    epochs: dict[int, dict[str, list[float]]]  # metrics.csv of each member, a list a column
+    baseline_epochs: dict[str, list[float]]
+    logits: list[np.ndarray] | None  # of each member, (e, n, k) of the first validation images after every epoch
+    baseline_logits: np.ndarray | None
+    labels: Tensor | None  # (n,) of these images
+    sample: Sample
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What results.json says of each member."""
+        return self.results["branches"]
+
+    @property
+    def baseline(self) -> dict[str, Any] | None:
+        """The scores of the baseline, if it has finished."""
+        found = self.results["baseline"]
+        return found if found and "accuracy" in found else None
+
+
+def read_material(paths: RunPaths, sample: Sample) -> Material:
+    """Raises: RunError if the run has not been evaluated."""
+    results = read_json(paths.results)
+    members = [paths.branch(branch) for branch in results["members"]]
+    logits = [_epoch_logits(member) for member in members]
+    known = [of_member for of_member in logits if of_member is not None]
+    baseline = paths.baseline.branch(0)
+    labels = _labels(members[0])
+    return Material(
+        results,
+        {branch: read_epochs(member) for branch, member in zip(results["members"], members, strict=True)},
+        read_epochs(baseline),
+        known if len(known) == len(members) else None,
+        _epoch_logits(baseline),
+        labels if labels is None or not known else labels[: known[0].shape[1]],
+        sample,
+    )
+
+
+def _epoch_logits(paths: BranchPaths) -> np.ndarray | None:
+    """Mapped and not read: those of many epochs take much memory."""
+    if not paths.epoch_logits.exists():
+        return None
+    logits = np.load(paths.epoch_logits, mmap_mode="r", allow_pickle=False)
+    return logits if logits.size else None
+
+
+def _labels(paths: BranchPaths) -> Tensor | None:
+    """The labels of the validation images; `stl ensemble` keeps them beside the logits."""
+    if not paths.logits("val").exists():
+        return None
+    with safe_open(paths.logits("val"), framework="pt") as file:
+        labels: Tensor = file.get_tensor("labels").to(torch.int64)
+        return labels

@@ -1,0 +1,102 @@
+"""The README's tables of what was reproduced, from the JSON files of `tools/reproduce`. Nothing in them is typed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reproducing.experiments import EXPERIMENTS
+from reproducing.summary import COLUMNS
+
+Row = Mapping[str, Any]
+
+
+def read_records(folder: Path) -> dict[str, Row]:
+    """Those experiments that have been carried out, in the order of the table."""
+    files = {name: folder / f"{name}.json" for name in EXPERIMENTS}
+    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+
+
+def results(records: Mapping[str, Row]) -> str:
+    """The rows of Table 1 beside the poster's, and how each was made."""
+    rows = []
+    for record in records.values():
+        if record["poster"]:
+            cells = [f"{record['poster'][column]:.2f}" for column in COLUMNS]
+            rows.append([f"{record['title']}: the poster", "", *cells, ""])
+        sizes = record["costs"]
+        of = [f"{sizes[part]['n_parameters']:,}" for part in ("branch", "baseline") if part in sizes]
+        cells = [percent(record[column]) for column in COLUMNS]
+        rows.append([f"{record['title']}: measured", str(record["ensemble"]["n"]), *cells, " / ".join(of)])
+    head = ["", "n", "Mean", "Highest", "Ens.", "Baseline", "parameters: a branch / baseline"]
+    first = "Test accuracy in percent, mean ± standard deviation over n seeds; every choice on the validation split."
+    return "\n".join([first, "", *table(head, rows), "", *map(remark, records.values()), ""])
+
+
+def remark(record: Row) -> str:
+    """How a row was made, how long it took, what it was to reach."""
+    extra = f" with `{' '.join(record['settings'])}`" if record["settings"] else ""
+    wall = {part: f"{found['mean']:,.0f} s" for part, found in record["wall_s"].items() if found["n"]}
+    took = f"{wall['all_branches']} all branches" + (f", {wall['baseline']} the baseline" if "baseline" in wall else "")
+    goal = record["goal"]
+    missed = "met" if goal and record["ensemble"]["mean"] >= goal else "missed"
+    return (
+        f"- {record['title']}: `{record['command']}`{extra}; {took} ({record['machine']}, shared); weights chosen: "
+        f"{', '.join(record['chosen'])}; NLL {record['nll']['mean']:.4f}, ECE {record['ece']['mean']:.4f}; "
+        f"seeds {', '.join(map(str, record['seeds']))}." + (f" Goal {goal:.1f}: {missed}." if goal else "")
+    )
+
+
+def variants(records: Mapping[str, Row]) -> str:
+    """Each experiment beside its controls: the same code, with some settings changed."""
+    head = ["", "n", "Mean", "Highest", "Ens.", "ECE", "multiply-adds of all", "training bytes a branch and epoch"]
+    lines: list[str] = []
+    for record in records.values():
+        rows = [variant_row("as above", record)]
+        rows += [variant_row(row["title"], row) for row in record["variants"].values()]
+        rows.append(
+            ["the conventional network", str(record["baseline"]["n"]), "", "", percent(record["baseline"]), *[""] * 3]
+        )
+        lines += [f"**{record['title']}**", "", *table(head, rows), ""]
+    return "\n".join(lines)
+
+
+def variant_row(title: str, row: Row) -> list[str]:
+    if "ensemble" not in row:
+        return [title, str(row["baseline"]["n"]), "", "", percent(row["baseline"]), *[""] * 3]
+    sizes = row["costs"]
+    cost = [f"{sizes['all_branches']['multiply_adds']:,}", f"{sizes['branch']['bytes_read_epoch']:,}"]
+    accuracies = [percent(row[column]) for column in ("mean", "highest", "ensemble")]
+    return [title, str(row["ensemble"]["n"]), *accuracies, f"{row['ece']['mean']:.4f}", *cost]
+
+
+def weightings(records: Mapping[str, Row]) -> str:
+    """Every way to weigh the members, fitted on the validation split, on the test set."""
+    names = list(dict.fromkeys(row["name"] for record in records.values() for row in record["weightings"]))
+    of = [{row["name"]: percent(row["accuracy"]) for row in record["weightings"]} for record in records.values()]
+    rows = [[name, *(found.get(name, "") for found in of)] for name in names]
+    return "\n".join([*table(["", *(record["title"] for record in records.values())], rows), ""])
+
+
+def lost(records: Mapping[str, Row]) -> str:
+    """What is left of the accuracy when branches are lost: any one of them, and the k that weigh most."""
+    rows = []
+    for record in records.values():
+        of_one = [row["accuracy"]["mean"] for row in record["lost"]["leave_one_out"]]
+        rows.append([record["title"], "none", percent(record["ensemble"]), f"{record['ece']['mean']:.4f}"])
+        rows.append(["", "any one", f"{min(of_one):.2f} to {max(of_one):.2f}", ""])
+        worst = [row for row in record["lost"]["worst"] if row["name"] & (row["name"] - 1) == 0]  # 1, 2, 4, 8
+        for row in worst:
+            rows.append(["", f"the {row['name']} heaviest", percent(row["accuracy"]), f"{row['ece']['mean']:.4f}"])
+    return "\n".join([*table(["", "lost", "Ens.", "ECE"], rows), ""])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def percent(found: Row) -> str:
+    """97.50 ± 0.71, in percent; a hyphen where nothing was measured."""
+    if not found["n"]:
+        return "-"
+    return f"{found['mean']:.2f}" + (f" ± {found['std']:.2f}" if found["n"] > 1 else "")
