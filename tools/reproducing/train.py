@@ -26,7 +26,8 @@ class Training:
     variant: Variant | None  # None: the recipe itself
     seed: int
     root: Path
-    extra: tuple[str, ...] = ()  # settings of who calls, such as where the data lie
+    extra: tuple[str, ...] = ()  # settings of who calls
+    data: str | None = None  # folder of the data sets
 
     @property
     def folder(self) -> Path:
@@ -44,6 +45,7 @@ class Training:
     def commands(self) -> list[list[str]]:
         """`stl baseline` where there is one to train, `stl run` where there are branches."""
         place = [f"--run.root={self.root}", f"--run.name={self.name}"]
+        place += [f"--data.root={self.data}"] if self.data else []
         args = ["--config", str(CHECKOUT / self.experiment.config), *self.settings, *place]
         if self.only_baseline:  # which is a run of one branch
             return [["baseline", *args], ["ensemble", str(self.folder / "baseline")]]
@@ -88,7 +90,7 @@ class Training:
 
 
 def trainings(
-    name: str, experiment: Experiment, root: Path, n_seeds: int | None, extra: Sequence[str]
+    name: str, experiment: Experiment, root: Path, n_seeds: int | None, extra: Sequence[str], data: str | None = None
 ) -> dict[str, list[Training]]:
     """The runs of an experiment: those of the recipe itself under "", those of each variant under its name."""
     found = {}
@@ -96,6 +98,7 @@ def trainings(
         count = n_seeds or (variant.seeds if variant and variant.seeds else experiment.seeds)
         label = f"{name}-{key}" if key else name
         found[key] = [
-            Training(f"{label}-seed{seed}", experiment, variant, seed, root, tuple(extra)) for seed in range(count)
+            Training(f"{label}-seed{seed}", experiment, variant, seed, root, tuple(extra), data)
+            for seed in range(count)
         ]
     return found
