@@ -1,0 +1,107 @@
+"""`tools/reproduce`: its JSON from the logits that a run keeps, its tables from the JSON, what it leaves alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from reproducing import readme
+from reproducing.experiments import EXPERIMENTS
+from reproducing.summary import spread
+from reproducing.train import Training, trainings
+
+from stl_lightning.cli.cost import planned_costs
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+RESULTS = CHECKOUT / "tools" / "results"
+RECORDS = readme.read_records(RESULTS)
+
+
+def test_the_spread_of_seeds() -> None:
+    assert spread([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5, abs=1e-5), "n": 2}
+    assert readme.percent(spread([97.5])) == "97.50"
+    assert readme.percent(spread([97.0, 98.0])) == "97.50 ± 0.71"
+    assert readme.percent(spread([])) == "-"
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_row_of_the_table_is_that_of_its_json(name: str) -> None:
+    """Read here by hand, not by the code that writes the table."""
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    columns = [record[column] for column in ("mean", "highest", "ensemble", "baseline")]
+    cells = " | ".join(
+        "-" if of["n"] == 0 else f"{of['mean']:.2f} ± {of['std']:.2f}" if of["n"] > 1 else f"{of['mean']:.2f}"
+        for of in columns
+    )
+    row = f"| {record['title']}: measured | {len(record['seeds'])} | {cells} | "
+    assert row in (CHECKOUT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", [name for name, found in EXPERIMENTS.items() if found.group == "digits"])
+def test_the_unsplit_network_costs_what_all_branches_do(name: str) -> None:
+    experiment = EXPERIMENTS[name]
+    config = ["--config", str(CHECKOUT / experiment.config), *experiment.settings]
+    costs = planned_costs([*config, *experiment.variants["unsplit"].settings])
+    assert costs["ratios"]["all_branches"]["multiply_adds"] == pytest.approx(1, rel=0.02)
+
+
+def test_every_run_has_a_name_and_a_place_of_its_own(tmp_path: Path) -> None:
+    runs = [
+        run
+        for name, experiment in EXPERIMENTS.items()
+        for of in trainings(name, experiment, tmp_path, None, []).values()
+        for run in of
+    ]
+    assert len({run.folder for run in runs}) == len(runs)
+    assert all(f"--seed_everything={run.seed}" in command for run in runs for command in run.commands()[:1])
+
+
+def test_a_run_is_done_for_the_settings_it_was_trained_with(tmp_path: Path) -> None:
+    run = Training("digits-seed0", EXPERIMENTS["digits"], None, 0, tmp_path)
+    other = Training("digits-seed0", EXPERIMENTS["digits"], None, 0, tmp_path, ("--trainer.max_epochs=1",))
+    assert not run.is_done()
+    run.folder.mkdir()
+    (run.folder / "reproduced.json").write_text(json.dumps({"trained": run._description(), "costs": {}}))
+    assert run.is_done()
+    assert not other.is_done()
+
+
+@pytest.mark.slow
+def test_the_json_follows_from_the_logits_that_are_kept(tmp_path: Path) -> None:
+    first = reproduce(tmp_path)
+    logits = [read(tmp_path, branch, "logits") for branch in range(4)]
+    labels = read(tmp_path, 0, "labels")
+    correct = [100 * (of.argmax(-1) == labels).double().mean().item() for of in logits]
+    assert first["mean"]["mean"] == pytest.approx(sum(correct) / 4, abs=1e-3)
+    results = json.loads((tmp_path / "runs" / "digits-seed0" / "ensemble" / "results.json").read_text())
+    assert first["highest"]["mean"] == pytest.approx(correct[results["highest_branch"]], abs=1e-3)
+    uniform = torch.stack(logits).log_softmax(-1).mean(0)
+    accuracy = 100 * (uniform.argmax(-1) == labels).double().mean().item()
+    (row,) = [row for row in results["weightings"] if row["weighting"] == "uniform"]
+    assert row["space"] != "log_prob" or 100 * row["test"]["accuracy"] == pytest.approx(accuracy, abs=1e-3)
+
+    best = tmp_path / "runs" / "digits-seed0" / "branches" / "00" / "best.ckpt"
+    trained_at = best.stat().st_mtime_ns
+    (tmp_path / "out" / "digits.json").unlink()
+    assert reproduce(tmp_path) == first  # from what is there
+    assert best.stat().st_mtime_ns == trained_at
+
+
+def reproduce(folder: Path) -> dict[str, Any]:
+    """The recipe of the digits alone, with one seed and few epochs."""
+    places = [f"--runs={folder}/runs", f"--out={folder}/out"]
+    few = ["--variants=", "--seeds=1", "--trainer.max_epochs=3"]
+    command = [sys.executable, CHECKOUT / "tools" / "reproduce", "digits", *places, *few]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
+    found: dict[str, Any] = json.loads((folder / "out" / "digits.json").read_text())
+    return found
+
+
+def read(folder: Path, branch: int, name: str) -> torch.Tensor:
+    path = folder / "runs" / "digits-seed0" / "branches" / f"{branch:02d}" / "logits" / "test.safetensors"
+    return safetensors.torch.load_file(path)[name]
