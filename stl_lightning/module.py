@@ -188,12 +188,17 @@ class BranchModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.train_totals = self.train_totals.to(self.device)
-        if self.averaging is not None:
+        self._take_averages()
+
+    def _take_averages(self) -> None:
+        if self.averaging is not None and self.averages is None:
             assert self.network is not None, "build() comes before training"
             self.averages = Averages(self.network, self.averaging, self._loaded_averages)
 
     def validated_weights(self) -> AbstractContextManager[None]:
         """Inside, the network has the weights that are validated and kept as the best: the averages, if there are."""
+        if self._loaded_averages is not None:  # of a training that had come to its end: none starts
+            self._take_averages()
         return nullcontext() if self.averages is None else self.averages.in_place()
 
     def on_train_epoch_start(self) -> None:

@@ -82,6 +82,10 @@ class RunPaths:
         return self.folder / "ensemble" / "results.json"
 
     @property
+    def report(self) -> Path:
+        return self.folder / "report"
+
+    @property
     def fitted(self) -> Path:
         return self.folder / "ensemble" / "weights.safetensors"
 

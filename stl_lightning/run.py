@@ -40,7 +40,7 @@ class RunOptions:
     monitor: str = "val/acc"
     patience: int | None = None
     stack: Literal["auto"] | bool = "auto"
-    epoch_logits: int = 5000
+    epoch_logits: int = 1000
     chunk: int = 50
 
     def __post_init__(self) -> None:

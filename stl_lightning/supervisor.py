@@ -106,7 +106,11 @@ def run_child(command: Sequence[str], retries: int) -> Ended:
         name = signal.Signals(number).name
         leaving.note(name)
         # A terminal's Ctrl-C reaches the child by itself, and a second one would end it at once.
-        child.send_signal(signal.SIGTERM if name == "SIGINT" else number)
+        others = [other for other in leaving.signals() if other != signal.SIGINT]
+        if name != "SIGINT":
+            child.send_signal(number)
+        elif others:
+            child.send_signal(others[-1])
 
     with leaving.handling(hand_on):
         if leaving.asked():  # between the start of the child and this line

@@ -4,6 +4,7 @@ import csv
 import io
 import netrc
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from stl_lightning.errors import ConfigError, RunError
+from stl_lightning.errors import ConfigError
 from stl_lightning.paths import BranchPaths
 from stl_lightning.run import Run
 
@@ -94,12 +95,14 @@ class EpochLogits:
     """The logits of some validation images after every epoch: how the branch, and with others the ensemble, learned.
 
     A row (n k) an epoch, kept in memory and written by `save`; NaN for an epoch without validation. A run that resumes
-    drops the rows from its first epoch on, and those of another number of images.
+    drops the rows from its first epoch on, and those of another number of images; it begins anew if the file, which
+    only pictures need, is damaged.
     """
 
     def __init__(self, paths: BranchPaths) -> None:
         self.paths = paths
-        self._rows = dict(enumerate(_read_array(paths.epoch_logits)))
+        former = read_epoch_logits(paths)
+        self._rows = {} if former is None else dict(enumerate(np.array(former)))
         self._is_saved = True
 
     def note(self, epoch: int, logits: Tensor) -> None:
@@ -151,14 +154,19 @@ class EpochLogger(Callback):
             history.save()
 
 
-def _read_array(path: Path) -> np.ndarray:
-    """Raises: RunError if it is damaged."""
-    if not path.exists():
-        return np.empty((0, 0, 0), np.float16)
+def read_epoch_logits(paths: BranchPaths) -> np.ndarray | None:
+    """The logits (e n k), mapped and not read, since those of many epochs take much memory.
+
+    None where there are none, or the file is damaged, which is said.
+    """
+    if not paths.epoch_logits.exists():
+        return None
     try:
-        return np.load(path, allow_pickle=False)
+        logits = np.load(paths.epoch_logits, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise RunError(f"cannot read {path}: {error}. Delete it; only pictures of the training need it") from error
+        print(f"{paths.epoch_logits} is left out of the pictures: {error}", file=sys.stderr, flush=True)
+        return None
+    return logits if logits.size else None
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

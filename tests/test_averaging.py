@@ -233,6 +233,10 @@ def test_without_validation_the_best_weights_are_the_averages(branches: list[int
     for job in jobs:
         own = averages(job)
         assert_same({name: state(job, "best")[f"network.{name}"] for name in own}, own)
+        job.paths.best.unlink()  # as in a run that was killed just before it was written
+    for job in train(tmp_path, branches, **AVERAGED | {"trainer": {"limit_val_batches": 0}}):
+        own = averages(job)
+        assert_same({name: state(job, "best")[f"network.{name}"] for name in own}, own)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "32-true"])

@@ -60,9 +60,3 @@ def test_the_config_in_the_readme_is_one(tmp_path: Path, capfd: pytest.CaptureFi
     assert left.value.code == 0
     printed = yaml.safe_load(capfd.readouterr().out)
     assert printed["data"]["transform"] == yaml.safe_load(text)["data"]["transform"]
-
-
-def test_the_spread_of_seeds(record: ModuleType) -> None:
-    assert record.spread([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5), "n": 2}
-    assert record.percent(record.spread([97.5])) == "97.50"
-    assert record.percent(record.spread([97.0, 98.0])) == "97.50 ± 0.71"

@@ -53,7 +53,9 @@ def test_an_array_and_its_ensemble() -> None:
     }
 
 
-@pytest.mark.parametrize(("limit", "signal"), [("--time=1", "--signal=USR1@15"), ("--time=8:00", ""), ("", "")])
+@pytest.mark.parametrize(
+    ("limit", "signal"), [("--time=1", "--signal=USR1@15"), ("--time=8:00", ""), ("--time=0", ""), ("", "")]
+)
 def test_a_limit_of_minutes_is_warned_of_later(limit: str, signal: str) -> None:
     """The templates ask for a warning two minutes before, which would come before the first step."""
     command = argvs(replace(OF_FOUR, sbatch=[limit] if limit else []))["branches"]
@@ -194,6 +196,22 @@ def test_how_branches_go_on_after_their_worker(
     code: int, ended: dict[int, Status], n_failures: dict[int, int], again: list[list[int]]
 ) -> None:
     assert to_try_again(code, ended, dict.fromkeys(ended, 0) | n_failures, retries=2) == again
+
+
+@pytest.mark.parametrize(
+    ("ended", "n_failures", "again"),
+    [
+        ({"running": [0, 1, 2]}, {}, [[0, 1, 2]]),
+        ({"finished": [0, 1]}, {}, []),  # it was killed as it left
+        ({"running": [0, 1], "failed": [2]}, {2: 1}, [[0, 1], [2]]),
+        ({"running": [0, 1], "failed": [2]}, {2: 3}, [[0, 1]]),
+    ],
+)
+def test_a_group_that_is_killed_once_goes_on_whole(
+    ended: dict[str, list[int]], n_failures: dict[int, int], again: list[list[int]]
+) -> None:
+    of = statuses(**ended)
+    assert to_try_again(-9, of, dict.fromkeys(of, 0) | n_failures, retries=2, was_killed=False) == again
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 16])
@@ -458,11 +476,19 @@ def test_a_second_launch_leaves_out_what_has_finished(
     for branch in (0, 2):
         end(tmp_path, branch, "finished")
     assert main(digits(tmp_path)) == DONE
-    assert "--array=1,3" in slurm.called()[0]
+    branches, _ = slurm.called()
+    assert "--array=1,3" in branches
     for branch in (1, 3):
         end(tmp_path, branch, "finished")
-    write_json(RunPaths(tmp_path / "digits").results, {})
     capsys.readouterr()
+    slurm.answer(20)  # the ensemble's job
+    assert main(digits(tmp_path)) == DONE
+    assert capsys.readouterr().out == "nothing to do: 4 finished; ensemble: queued\n"
+    slurm.answer()
+    assert main(digits(tmp_path, "--method=srun", "--nodes=2", "--dry-run")) == DONE
+    assert "ensemble.sbatch" in (said := capsys.readouterr().out)
+    assert "srun.sbatch" not in said
+    write_json(RunPaths(tmp_path / "digits").results, {})
     assert main(digits(tmp_path)) == DONE
     assert capsys.readouterr().out == "nothing to do: 4 finished; ensemble: made\n"
     assert slurm.called() == []

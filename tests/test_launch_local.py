@@ -93,6 +93,8 @@ def test_a_killed_worker_costs_nobody_a_failure(tmp_path: Path) -> None:
     assert (state.counts, state.ensemble, state.exit_code) == ({"finished": 4}, "made", DONE)
     assert [report.status.n_failures for report in state.branches if report.status] == [0, 0, 0, 0]
     assert sorted(report.status.attempt for report in state.branches if report.status) == [1, 1, 2, 2]
+    assert "killed by SIGKILL" in printed
+    assert len(list(state.paths.logs.glob("*-fit-*"))) == 3  # its branches went on together
     assert "Ens." in printed
     assert json.loads(state.paths.results.read_text())["ensemble"]["accuracy"] > 0.9
     assert "[0,2] branch 0: finished" in printed or "[1,3] branch 1: finished" in printed

@@ -319,15 +319,27 @@ def test_what_is_launched_and_not_begun_is_queued(fake: FakeCommand, tmp_path: P
     assert state.exit_code == UNFINISHED
 
 
-def test_a_task_that_slurm_holds_is_named_with_its_cure(fake: FakeCommand, tmp_path: Path) -> None:
-    row = row_22(17, "PENDING", array=17, tasks="0-1") | {"state_reason": "launch failed requeued held"}
+def test_what_a_branch_failed_of_is_said_while_its_job_tries_again(fake: FakeCommand, tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text(json.dumps({"jobs": [row_22(17, "RUNNING")]}))
+    fake("squeue", f"cat {tmp_path}/q.json")
+    launch = Launch("srun", "c.yaml", n_branches=2, branches=[0, 1], jobs={"branches": "17"}, retries=2)
+    failed = elsewhere("failed", job="17", n_failures=1, error="ended with exit code 1", log_tail=["one", "no memory"])
+    paths = a_run(tmp_path / "run", [failed, elsewhere("failed", job="16", n_failures=3, error="it broke")], launch)
+    first, second = read_run_state(paths).branches
+    assert (first.state, first.problem) == ("queued", "ended with exit code 1: no memory (try 2 of 3 comes)")
+    assert (second.state, second.problem) == ("queued", "it broke")  # of another job
+
+
+@pytest.mark.parametrize("reason", ["launch failed requeued held", "JobHeldUser", "JobHoldMaxRequeue"])
+def test_a_task_that_slurm_holds_is_named_with_its_cure(reason: str, fake: FakeCommand, tmp_path: Path) -> None:
+    row = row_22(17, "PENDING", array=17, tasks="0-1") | {"state_reason": reason}
     (tmp_path / "q.json").write_text(json.dumps({"jobs": [row]}))
     fake("squeue", f"cat {tmp_path}/q.json")
     launch = Launch("array", "c.yaml", n_branches=2, branches=[0, 1], jobs={"branches": "17"})
     state = read_run_state(a_run(tmp_path / "run", [None, None], launch))
     assert [report.state for report in state.branches] == ["queued", "queued"]
     (note,) = state.notes
-    assert note == "SLURM holds jobs 17_0,17_1 (launch failed requeued held): scontrol release 17_0,17_1"
+    assert note == f"SLURM holds jobs 17_0,17_1 ({reason}): scontrol release 17_0,17_1"
 
 
 def test_an_array_of_another_size_than_the_run(fake: FakeCommand, tmp_path: Path) -> None:

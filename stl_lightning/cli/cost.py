@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stl_lightning.errors import RunError
+from stl_lightning.errors import ConfigError, RunError
 from stl_lightning.exits import DONE
 from stl_lightning.paths import BranchPaths, RunPaths
 
@@ -34,8 +34,8 @@ def cost_parser() -> argparse.ArgumentParser:
 
 def cost(args: list[str]) -> int:
     """Print what a run has cost, or a config will."""
-    folder = args[0] if args and not args[0].startswith("-") else None
-    given, settings = cost_parser().parse_known_args(args if folder is None else args[1:])
+    given, settings = cost_parser().parse_known_args(args)
+    folder = settings.pop(0) if settings and not settings[0].startswith("-") else None
     settings = [*(f"--config={file}" for file in given.config), *settings]
 
     from stl_lightning.report.costs import print_costs
@@ -148,9 +148,13 @@ def _epochs(settings: dict[str, Any], n_images: int, batch_size: int, paths: Bra
     """How often every training image is read: as the steps say that were made, or are the limit."""
     from stl_lightning.status import read_status
 
-    steps_an_epoch = -(-n_images // batch_size) / (settings.get("accumulate_grad_batches") or 1)
+    n_batches = -(-n_images // batch_size)
+    steps_an_epoch = -(-n_batches // (settings.get("accumulate_grad_batches") or 1))
     if paths is not None:
         return read_status(paths, branch).step / steps_an_epoch
     limits = {"max_epochs": 1.0, "max_steps": steps_an_epoch}
     given = {name: settings.get(name) for name in limits}
-    return min(value / limits[name] for name, value in given.items() if value is not None and value >= 0)
+    ends = [value / limits[name] for name, value in given.items() if value is not None and value >= 0]
+    if not ends:
+        raise ConfigError("trainer.max_epochs: expected a number of epochs (or trainer.max_steps), got none to count")
+    return min(ends)

@@ -142,7 +142,7 @@ def _as_before(last: Launch, settings: Sequence[str], given: argparse.Namespace)
 def _meant_for_others(last: Launch, planned: Launch) -> str | None:
     """A note on options per node: they were meant for nodes with many ranks, and a task of an array is one."""
     per_node = [word for word in planned.sbatch if "-per-node" in word or "-per-socket" in word]
-    if not per_node or planned.method == last.method or planned.sbatch != last.sbatch:
+    if not per_node or planned.method != "array" or planned.method == last.method or planned.sbatch != last.sbatch:
         return None
     return (
         f"--sbatch: {' '.join(per_node)} was given for --method {last.method}, and holds for each task of the array "
@@ -212,11 +212,15 @@ def _takes_away_missing_store(cli: "SpectralCLI") -> bool:
 
 
 def _check_augment(cli: "SpectralCLI", prepares: bool) -> None:
-    """Raises: ConfigError for an augmentation that images take, and the slices of the store to come do not."""
+    """Raises: ConfigError for an augmentation or flips that images take, and the slices of the store to come do not."""
     if prepares and cli.data.augment is not None:
         from stl_lightning.augment import SliceAugment
 
         SliceAugment(cli.data.augment, cli.data.spectral, range(cli.data.n_branches))
+    if prepares and cli.ensemble_options.flips:
+        from stl_lightning.augment import SliceMirror
+
+        SliceMirror(cli.data.spectral, cli.data.reads)
 
 
 def _check_size(planned: Launch) -> None:
@@ -244,23 +248,24 @@ def _choose(planned: Launch, state: RunState) -> bool:
     planned.branches = again.to_resubmit(state)
     what = "looks lost, but SLURM says that it runs; `stl cancel` ends it"
     _say(f"branch {report.branch}: job {report.active[-1].id} {what}" for report in again.held_back(state))
-    is_due = state.wants_ensemble and state.ensemble in ("missing", "outdated")
     if planned.branches and planned.method in ("srun", "torchrun"):
         again.refuse_if_at_work(state)
-        planned.branches = list(range(len(state.branches)))  # ranks divide all; those that have finished end at once
-    return bool(planned.branches or is_due) or _nothing_to_do(state)
+    return _is_anything_to_do(planned, state, state.wants_ensemble)
 
 
 def _leave_out_finished(planned: Launch, state: RunState) -> bool:
     """Of a run that was launched before, take the branches that have not finished; whether anything is to do."""
     finished = {report.branch for report in state.those("finished")}
-    if planned.method not in ("srun", "torchrun"):
-        planned.branches = [branch for branch in planned.branches if branch not in finished]
-    is_due = planned.has_ensemble and state.ensemble != "made"
-    return len(finished) < len(state.branches) or is_due or _nothing_to_do(state)
+    planned.branches = [branch for branch in planned.branches if branch not in finished]
+    return _is_anything_to_do(planned, state, planned.has_ensemble)
 
 
-def _nothing_to_do(state: RunState) -> bool:
+def _is_anything_to_do(planned: Launch, state: RunState, wants_ensemble: bool) -> bool:
+    """Whether branches are to be trained or the ensemble to be made; says so if not."""
+    if planned.branches and planned.method in ("srun", "torchrun"):
+        planned.branches = list(range(len(state.branches)))  # ranks divide all; those that have finished end at once
+    if planned.branches or (wants_ensemble and state.ensemble in ("missing", "outdated")):
+        return True
     counts = ", ".join(f"{count} {name}" for name, count in state.counts.items())
     print(f"nothing to do: {counts}; ensemble: {state.ensemble}")
     return False

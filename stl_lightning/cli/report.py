@@ -49,7 +49,7 @@ def report(args: list[str]) -> int:
             f"{paths.folder}: expected ensemble/results.json, found none: `stl ensemble {given.run}` writes it"
         )
     print_results(read_json(paths.results))
-    folder = paths.folder / "report"
+    folder = paths.report
     reasons = write_figures(read_material(paths, take_sample(paths, given.image, overrides)), folder)
     for name, reason in reasons.items():
         print(f"written: {folder / name}.png, .svg" if reason is None else f"{name} is left out: {reason}")

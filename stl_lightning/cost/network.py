@@ -53,8 +53,14 @@ def activation_bytes(
 
 def in_precision(network: nn.Module, precision: str) -> nn.Module:
     """The network with its weights as `trainer.precision` keeps them: "mixed" ones stay in float32."""
-    kind, _, how = precision.partition("-")
+    kind, how = _precision(precision)
     return network if how == "mixed" else network.to(DTYPES.get(kind, torch.float32))
+
+
+def _precision(precision: str) -> tuple[str, str]:
+    """The type and "true" or "mixed", which is what Lightning takes "bf16" alone for."""
+    kind, _, how = str(precision).partition("-")
+    return kind, how or ("mixed" if kind == "bf16" else "true")
 
 
 def _saved_bytes(network: nn.Module, in_shape: Shape, n_classes: int, n: int, precision: str) -> int:
@@ -80,5 +86,5 @@ def _never(_: None) -> Tensor:
 
 
 def _autocast(precision: str) -> AbstractContextManager[object]:
-    kind, _, how = precision.partition("-")
+    kind, how = _precision(precision)
     return torch.autocast("cpu", DTYPES[kind]) if how == "mixed" else nullcontext()

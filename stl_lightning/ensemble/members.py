@@ -50,9 +50,10 @@ def compute_outputs(job: BranchJob, split: Split, flips: bool = False) -> Output
     `flips` of stored slices that do not determine those of the mirror image.
     """
     module = load_best(job)
+    mirrored = job.data.loader(split, mirrored=True) if flips else None
     outputs = _predict(job, module, job.data.loader(split))
-    if flips:
-        of_mirror = _predict(job, module, job.data.loader(split, mirrored=True))
+    if mirrored is not None:
+        of_mirror = _predict(job, module, mirrored)
         outputs = Outputs((outputs.logits + of_mirror.logits) / 2, outputs.labels)
     if not outputs.logits.isfinite().all():
         raise CheckpointError(f"{job.paths.best} gives outputs that are not finite; delete it to train again")

@@ -9,7 +9,7 @@ from typing import Any
 
 from stl_lightning.ensemble.fit import FittedEnsemble, refit
 from stl_lightning.ensemble.members import Outputs, scores
-from stl_lightning.ensemble.weighting import WEIGHTINGS, ranking
+from stl_lightning.ensemble.weighting import WEIGHTINGS
 
 Row = dict[str, Any]
 
@@ -55,10 +55,11 @@ def by_members_rows(ensemble: FittedEnsemble, val: Outputs, test: Outputs) -> li
     to, because affine maps for every n would take as long as all the rest. Each row says which.
     """
     weighting = ensemble.weighting if WEIGHTINGS[ensemble.weighting].axes == 1 else "simplex"
-    best_first = ranking(val.logits.double(), val.labels).argsort()
+    of_each = [scores(Outputs(logits, val.labels)) for logits in val.logits]
+    best_first = sorted(range(len(of_each)), key=lambda i: (-of_each[i]["accuracy"], of_each[i]["nll"]))
     rows = []
     for n in range(1, len(best_first) + 1):
-        kept = best_first[:n].sort().values
+        kept = sorted(best_first[:n])
         members = [ensemble.members[i] for i in kept]
         fitted = refit(val.logits[kept], val.labels, members, weighting, ensemble.space)
         row = {"n": n, "branches": members, "weighting": weighting, "space": ensemble.space}

@@ -141,7 +141,7 @@ def limit_of_options(options: Sequence[str]) -> float | None:
 
 
 def limit_s(text: str) -> float | None:
-    """Seconds of one of SLURM's formats: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. None for UNLIMITED and what is none."""
+    """Seconds of one of SLURM's formats: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. None for UNLIMITED, 0 and what is none."""
     days, _, clock = text.rpartition("-")
     if not all(part.isdigit() for part in [days or "0", *clock.split(":")]):
         return None
@@ -150,7 +150,7 @@ def limit_s(text: str) -> float | None:
         hours, minutes, seconds = [*parts, 0, 0][:3]
     else:
         hours, minutes, seconds = 0, *[*parts, 0][:2]
-    return 86400.0 * int(days or 0) + 3600.0 * hours + 60.0 * minutes + seconds
+    return 86400.0 * int(days or 0) + 3600.0 * hours + 60.0 * minutes + seconds or None
 
 
 def check_method(method: str, nodes: int | None, n_branches: int | None = None) -> None:

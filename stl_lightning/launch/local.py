@@ -158,11 +158,8 @@ class LocalScheduler:
             self.n_bad_ends[child.branches[0]] = 1 + self.n_bad_ends.get(child.branches[0], 0)
         statuses = {branch: self._status(branch) for branch in child.branches}
         n_failures = {branch: self._n_failures(branch, status) for branch, status in statuses.items()}
-        if code < 0 and len(child.branches) > 1 and child.branches not in self.killed:
-            self.killed.add(child.branches)  # once may be an accident
-            again = [[branch for branch, status in statuses.items() if status.state != "finished"]]
-        else:
-            again = to_try_again(code, statuses, n_failures, self.launch.retries)
+        again = to_try_again(code, statuses, n_failures, self.launch.retries, child.branches in self.killed)
+        self.killed |= {child.branches} if code < 0 else set()
         self.waiting.extend(again)
         kept = {branch for group in again for branch in group}
         if kept and code != INTERRUPTED:
@@ -220,12 +217,13 @@ def worker_args(config: Sequence[str], group: Sequence[int]) -> list[str]:
 
 
 def to_try_again(
-    code: int, statuses: Mapping[int, Status], n_failures: Mapping[int, int], retries: int
+    code: int, statuses: Mapping[int, Status], n_failures: Mapping[int, int], retries: int, was_killed: bool = True
 ) -> list[list[int]]:
     """The groups in which the unfinished branches of a worker go on, after it ended with an exit code.
 
-    A branch that failed by itself goes on alone. What a group dies of may be the fault of one of them, so its halves go
-    on, down to the one that fails alone: no sibling is counted a failure that is not its own.
+    A branch that failed by itself goes on alone. A group that is killed for the first time goes on whole, for that may
+    be an accident. What it dies of again (`was_killed`) may be the fault of one of them, so its halves go on, down to
+    the one that fails alone: no sibling is counted a failure that is not its own.
     """
     unfinished = [branch for branch, status in statuses.items() if status.state != "finished"]
     if code == INTERRUPTED:
@@ -235,7 +233,7 @@ def to_try_again(
         return [[branch] for branch in unfinished if n_failures[branch] <= retries and not is_final]
     failed = [branch for branch in unfinished if statuses[branch].state == "failed"]
     others = [branch for branch in unfinished if branch not in failed]
-    middle = (len(others) + 1) // 2
+    middle = (len(others) + 1) // 2 if code >= 0 or was_killed else len(others)
     alone = [[branch] for branch in failed if n_failures[branch] <= retries]
     return [half for half in (others[:middle], others[middle:]) if half] + alone
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def _jobs(row: Mapping[str, Any]) -> list[Job]:
         names = [f"{array}_{number}" for number in tasks]
     limit_s = None if limit_min is None else 60.0 * limit_min
     reason = str(row.get("state_reason"))
-    held = reason if state == "waiting" and "held" in reason.lower() else None
+    held = reason if state == "waiting" and re.search("hold|held", reason, re.IGNORECASE) else None
     return [Job(name, state, "+".join(words), limit_s, start_s, end_s, held) for name in names]
 
 

@@ -139,7 +139,8 @@ def _error(status: Status, state: Judged, tries: int) -> str | None:
     error = status.error or ""
     # Of a process that could not say what it died of, its last words.
     last_words = f": {status.log_tail[-1]}" if error.startswith("ended with") and status.log_tail else ""
-    again = f" (try {status.n_failures + 1} of {tries + 1} comes)" if state == "queued" else ""
+    is_again = state == "queued" and status.n_failures <= tries
+    again = f" (try {status.n_failures + 1} of {tries + 1} comes)" if is_again else ""
     return error + last_words + again
 
 

@@ -77,7 +77,7 @@ def draw_ensemble(figure: "Figure", material: Material) -> None:
         curves["baseline"] = single_curve(material.baseline_logits, material.labels)
         looks["baseline"] = BASELINE
     for name, curve in curves.items():
-        epochs = range(1, len(curve.nll) + 1)
+        epochs = [epoch + 1 for epoch in curve.epochs]
         marker = "o" if len(epochs) == 1 else ""
         loss.plot(epochs, curve.nll, label=name, marker=marker, **looks[name])
         accuracy.plot(epochs, percent(curve.accuracy), marker=marker, **looks[name])

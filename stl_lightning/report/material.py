@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stl_lightning.cost import read_epochs
 from stl_lightning.paths import BranchPaths, RunPaths, read_json
+from stl_lightning.tracking import read_epoch_logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,27 +59,24 @@ def read_material(paths: RunPaths, sample: Sample) -> Material:
     """Raises: RunError if the run has not been evaluated."""
     results = read_json(paths.results)
     members = [paths.branch(branch) for branch in results["members"]]
-    logits = [_epoch_logits(member) for member in members]
-    known = [of_member for of_member in logits if of_member is not None]
     baseline = paths.baseline.branch(0)
-    labels = _labels(members[0])
+    labels, *logits = _of_as_many(_labels(members[0]), [read_epoch_logits(of) for of in (*members, baseline)])
+    known = [of_member for of_member in logits[:-1] if of_member is not None]
     return Material(
         results,
         {branch: read_epochs(member) for branch, member in zip(results["members"], members, strict=True)},
         read_epochs(baseline),
         known if len(known) == len(members) else None,
-        _epoch_logits(baseline),
-        labels if labels is None or not known else labels[: known[0].shape[1]],
+        logits[-1],
+        labels,
         sample,
     )
 
 
-def _epoch_logits(paths: BranchPaths) -> np.ndarray | None:
-    """Mapped and not read: those of many epochs take much memory."""
-    if not paths.epoch_logits.exists():
-        return None
-    logits = np.load(paths.epoch_logits, mmap_mode="r", allow_pickle=False)
-    return logits if logits.size else None
+def _of_as_many(labels: Tensor | None, logits: Sequence[np.ndarray | None]) -> list[Any]:
+    """Labels (n,) and logits (e n k) of the images that all have: `run.epoch_logits` may change in between."""
+    n = min((of.shape[1] for of in logits if of is not None), default=0)
+    return [None if labels is None else labels[:n], *(None if of is None else of[:, :n] for of in logits)]
 
 
 def _labels(paths: BranchPaths) -> Tensor | None:

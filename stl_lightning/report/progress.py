@@ -19,8 +19,9 @@ FITTED, SPACE = "simplex", "log_prob"
 
 @dataclass(frozen=True)
 class Curve:
-    """One number an epoch: negative log-likelihood in nats, accuracy as a share."""
+    """One number for each epoch that was validated, counted from 0: NLL in nats, accuracy as a share."""
 
+    epochs: list[int]
     nll: list[float]
     accuracy: list[float]
 
@@ -31,16 +32,17 @@ def ensemble_curves(members: Sequence[np.ndarray], labels: Tensor) -> dict[str, 
     What is fitted or chosen is so on the first half of the images; all is scored on the second. A member that ended
     before the others keeps its last outputs. Shapes: members (e, n, k) each, labels (n,).
     """
-    n_epochs = max(map(len, members))
+    epochs = [e for e in range(max(map(len, members))) if all(_is_known(member, e) for member in members)]
     return {
-        name: _curve((combine(_at(members, e), labels) for e in range(n_epochs)), labels)
+        name: _curve(epochs, (combine(_at(members, e), labels) for e in epochs), labels)
         for name, combine in COMBINED.items()
     }
 
 
 def single_curve(logits: np.ndarray, labels: Tensor) -> Curve:
     """The same of one network (e, n, k), on the same second half of the images."""
-    return _curve((_second_half(_float(of_epoch)).log_softmax(-1) for of_epoch in logits), labels)
+    epochs = [e for e in range(len(logits)) if _is_known(logits, e)]
+    return _curve(epochs, (_second_half(_float(logits[e])).log_softmax(-1) for e in epochs), labels)
 
 
 def fitted(logits: Tensor, labels: Tensor) -> Tensor:
@@ -69,7 +71,16 @@ COMBINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _at(members: Sequence[np.ndarray], epoch: int) -> Tensor:
-    return torch.stack([_float(member[min(epoch, len(member) - 1)]) for member in members])
+    return torch.stack([_float(_outputs(member, epoch)) for member in members])
+
+
+def _is_known(member: np.ndarray, epoch: int) -> bool:
+    """Whether there are outputs: rows of epochs without validation are NaN, and those of a branch that diverged."""
+    return bool(np.isfinite(_outputs(member, epoch)).all())
+
+
+def _outputs(member: np.ndarray, epoch: int) -> np.ndarray:
+    return member[min(epoch, len(member) - 1)]
 
 
 def _float(values: np.ndarray) -> Tensor:
@@ -80,7 +91,7 @@ def _second_half(values: Tensor) -> Tensor:
     return values[len(values) // 2 :]
 
 
-def _curve(log_probs: Iterable[Tensor], labels: Tensor) -> Curve:
+def _curve(epochs: list[int], log_probs: Iterable[Tensor], labels: Tensor) -> Curve:
     held_out = _second_half(labels)
     scores = [(nll(of_epoch, held_out).item(), accuracy(of_epoch, held_out).item()) for of_epoch in log_probs]
-    return Curve(*map(list, zip(*scores, strict=True)))
+    return Curve(epochs, [loss for loss, _ in scores], [share for _, share in scores])

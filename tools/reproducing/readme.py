@@ -39,11 +39,11 @@ def remark(record: Row) -> str:
     wall = {part: f"{found['mean']:,.0f} s" for part, found in record["wall_s"].items() if found["n"]}
     took = f"{wall['all_branches']} all branches" + (f", {wall['baseline']} the baseline" if "baseline" in wall else "")
     goal = record["goal"]
-    missed = "met" if goal and record["ensemble"]["mean"] >= goal else "missed"
+    verdict = "met" if goal and record["ensemble"]["mean"] >= goal else "missed"
     return (
         f"- {record['title']}: `{record['command']}`{extra}; {took} ({record['machine']}, shared); weights chosen: "
         f"{', '.join(record['chosen'])}; NLL {record['nll']['mean']:.4f}, ECE {record['ece']['mean']:.4f}; "
-        f"seeds {', '.join(map(str, record['seeds']))}." + (f" Goal {goal:.1f}: {missed}." if goal else "")
+        f"seeds {', '.join(map(str, record['seeds']))}." + (f" Goal {goal:.1f}: {verdict}." if goal else "")
     )
 
 
