@@ -78,18 +78,21 @@ def branch_table(results: dict[str, Any]) -> Table:
 def weighting_table(results: dict[str, Any]) -> Table:
     """A row for each weighting that was tried, fitted on the validation split; a star marks the one that was taken.
 
-    The NLL of the cross-validation decided. Accuracy on the images of the fit would flatter many weights.
+    The NLL of the cross-validation decided; one that was given up after some folds has none that compares. Accuracy on
+    the images of the fit would flatter many weights.
     """
     table = Table(title="weightings")
     for column in ("weighting", "space", "temp.", "cv NLL", "test acc", "test NLL", "test ECE"):
         table.add_column(column, justify="left" if column in ("weighting", "space") else "right")
-    cv_nll = {(score["weighting"], score["space"]): score["nll"] for score in results["cross_validation"]}
+    most = max((score["n_samples"] for score in results["cross_validation"]), default=0)
+    whole = [score for score in results["cross_validation"] if score["n_samples"] == most]
+    cv_nll = {(score["weighting"], score["space"]): f"{score['nll']:.4f}" for score in whole}
     for row in results.get("weightings", []):
         table.add_row(
             row["weighting"] + (" *" if row["weighting"] == results["weighting"] else ""),
             row["space"],
             f"{row['temperature']:.3f}",
-            f"{cv_nll[row['weighting'], row['space']]:.4f}",
+            cv_nll.get((row["weighting"], row["space"]), "given up"),
             percent(row["test"]["accuracy"]),
             f"{row['test']['nll']:.4f}",
             f"{row['test']['ece']:.4f}",
