@@ -18,15 +18,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from stl_lightning.averaging import Averages, check_averaging
 from stl_lightning.errors import ConfigError, DivergedError
 from stl_lightning.loaders import Chunk
-from stl_lightning.networks import MLP
-from stl_lightning.ranges import as_ranges, by_number
+from stl_lightning.networks import MLP, BranchNetworks, NetworkFactory
+from stl_lightning.ranges import by_number
 from stl_lightning.stacked import clip_gradients, stack, stacked_forward
 
 IDENTITY = "stl_lightning"  # key of the identities inside a checkpoint
 TOTALS = "train_totals"  # of the sums since the epoch began
 AVERAGES = "averages"  # and of the averaged weights, beside the weights themselves
 
-NetworkFactory = Callable[[tuple[int, int, int], int], nn.Module]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
@@ -80,8 +79,7 @@ class BranchModule(LightningModule):
         if compile not in (None, *COMPILE_MODES):
             raise ConfigError(f"model.compile: expected null or one of {', '.join(COMPILE_MODES)}, got {compile!r}")
         self.automatic_optimization = False
-        self.network_factory = network
-        self.network_of = by_number("model.network_of", network_of or {})
+        self.networks = BranchNetworks(network, by_number("model.network_of", network_of or {}))
         self.optimizer_factory = optimizer
         self.scheduler_factory = lr_scheduler
         self.lr_interval = lr_interval
@@ -105,7 +103,7 @@ class BranchModule(LightningModule):
         self, in_shape: tuple[int, int, int], n_classes: int, seed: int, branches: Sequence[int]
     ) -> "BranchModule":
         """Create the networks. The weights of a branch depend on (seed, branch) alone, not on what happened before."""
-        networks = [self._construct(in_shape, n_classes, seed, branch) for branch in branches]
+        networks = [self.networks.construct(in_shape, n_classes, seed, branch) for branch in branches]
         self.n_branches = len(networks)
         self.network = networks[0] if len(networks) == 1 else stack(networks)
         # Stacked filters have five dimensions, and a layout that vmap decides.
@@ -121,34 +119,6 @@ class BranchModule(LightningModule):
             self._run_network if self.compile_mode is None else torch.compile(self._run_network, mode=self.compile_mode)
         )
         return self
-
-    def _construct(self, in_shape: tuple[int, int, int], n_classes: int, seed: int, branch: int) -> nn.Module:
-        options = self.network_of.get(branch, {})
-        # On the CPU whatever the accelerator: another device would draw other numbers.
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.manual_seed(branch_seed(seed, branch))
-            try:
-                return self.network_factory(in_shape, n_classes, **options)
-            except ConfigError as error:
-                if not options:
-                    raise
-                raise ConfigError(f"model.network_of, branch {branch}: {error}") from error
-            except TypeError as error:
-                call = ", ".join([str(in_shape), str(n_classes), *(f"{key}={options[key]!r}" for key in options)])
-                raise ConfigError(
-                    f"model.network{f'_of, branch {branch}' if options else ''}: expected a class that is called as "
-                    f"network(in_shape, n_classes), here network({call}); it answered: {error}"
-                ) from error
-
-    def designs(self, n_branches: int) -> list[int]:
-        """One branch of each entry of `network_of`.
-
-        Raises: ConfigError if there is an entry for a branch that does not exist.
-        """
-        unknown = [branch for branch in self.network_of if branch >= n_branches]
-        if unknown:
-            raise ConfigError(f"model.network_of: expected branches 0 to {n_branches - 1}, got {as_ranges(unknown)}")
-        return list({id(options): branch for branch, options in self.network_of.items()}.values())
 
     def check_output(self, in_shape: tuple[int, int, int], n_classes: int) -> None:
         """Raises: ConfigError unless two slices (2 c h w) give logits (2 k)."""
@@ -399,8 +369,3 @@ def _means(split: str, totals: Tensor) -> dict[str, Tensor]:
 def _labels(targets: Tensor) -> Tensor:
     """Labels (n,), or of mixed targets (n k) the class with the largest share."""
     return targets if targets.ndim == 1 else targets.argmax(1)
-
-
-def branch_seed(seed: int, branch: int) -> int:
-    """The seed of everything random in one branch that other branches must not share: weights, dropout."""
-    return (seed * 1_000_003 + branch * 7_919 + 1) % 2**31

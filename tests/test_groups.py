@@ -8,6 +8,7 @@ import csv
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def jobs_of(root: Path, branches: Sequence[int] = BRANCHES, **changes: Any) -> l
     jobs = [make_job(root, branch, **changes) for branch in branches]
     for job in jobs:
         job.module.label_smoothing, job.module.averaging = label_smoothing, averaging
-        job.module.network_of = by_number("network_of", network_of)
+        job.module.networks = replace(job.module.networks, options=by_number("network_of", network_of))
         job.data.augment = augment
         job.module.optimizer_factory = optimizer or job.module.optimizer_factory
         if scheduler is not None:

@@ -16,7 +16,8 @@ from stl_lightning.datamodule import SpectralDataModule
 from stl_lightning.ensemble.fit import find_candidates
 from stl_lightning.ensemble.options import EnsembleOptions
 from stl_lightning.errors import ConfigError
-from stl_lightning.module import BranchModule, NetworkFactory
+from stl_lightning.module import BranchModule
+from stl_lightning.networks import NetworkFactory
 from stl_lightning.paths import RunPaths
 from stl_lightning.ranks import RankInfo
 from stl_lightning.run import Run, RunOptions, claim_run
@@ -111,7 +112,7 @@ class SpectralCLI(LightningCLI):
         find_candidates(ensemble.weighting, ensemble.space, self.data.n_branches, self.data.n_classes)
         if ensemble.flips:
             self.data.check_mirror()
-        for branch in [*built.model.designs(self.data.n_branches), self.data.branch]:
+        for branch in [*built.model.networks.designs(self.data.n_branches), self.data.branch]:
             data = self._data_of(branch)
             module = built.model.build(data.in_shape, data.n_classes, data.seed, [branch])
             module.check_output(data.in_shape, data.n_classes)

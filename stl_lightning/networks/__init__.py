@@ -7,9 +7,10 @@ object is built, and from nothing else: a caller that forks and seeds the genera
 Letters: n samples, c channels, h w space, k classes.
 """
 
+from stl_lightning.networks.branches import BranchNetworks, NetworkFactory, branch_seed
 from stl_lightning.networks.common import Dropout
 from stl_lightning.networks.convnet import ConvNet
 from stl_lightning.networks.mlp import MLP
 from stl_lightning.networks.resnet import ResNet
 
-__all__ = ["MLP", "ConvNet", "Dropout", "ResNet"]
+__all__ = ["MLP", "BranchNetworks", "ConvNet", "Dropout", "NetworkFactory", "ResNet", "branch_seed"]

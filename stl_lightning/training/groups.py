@@ -24,7 +24,8 @@ from stl_lightning.attempts import begin_attempt
 from stl_lightning.checkpoint import BestCheckpoint, LastCheckpoint, load_checkpoint, progress
 from stl_lightning.datamodule import SpectralDataModule
 from stl_lightning.errors import DivergedError, FencedError, LeaveError, RunError, STLError
-from stl_lightning.module import BranchModule, branch_seed
+from stl_lightning.module import BranchModule
+from stl_lightning.networks import branch_seed
 from stl_lightning.ranks import job_id
 from stl_lightning.stacked import describe
 from stl_lightning.status import State, Status, read_status, write_status
