@@ -1,13 +1,15 @@
 """Attempts at a branch are numbered, and the newest owns it: the fence against a process on a node that was given up.
 
 `branches/NN/attempts/0003/` is the desk of attempt 3, through which it writes (`BranchPaths.write`). Who makes the
-folder has the number, since only one of several can. A newer attempt removes the older desks before it reads a
-checkpoint: renames them, so that nothing is found at the path, then empties and deletes them, so that nothing can be
-made or renamed there by who holds the folder open. No clock and no lock takes part, so it holds on network drives too.
+folder has the number, since only one of several can, and keeps it if no higher one is there by then. A newer attempt
+removes the older desks before it reads a checkpoint: renames them, so that nothing is found at the path, then empties
+and deletes them, so that nothing can be made or renamed there by who holds the folder open. No clock and no lock takes
+part, so it holds on network drives too.
 """
 
 import contextlib
 import os
+import secrets
 import socket
 import time
 from collections.abc import Sequence
@@ -40,9 +42,13 @@ def begin_attempt(paths: BranchPaths, branch: int, lost: int | None = None) -> t
         paths.attempts.mkdir(parents=True, exist_ok=True)
         desk.mkdir()
     except FileExistsError:
-        raise RunError(f"branch {branch} was begun by another process a moment ago: {_owner(desk)}") from None
+        raise _begun_meanwhile(branch, desk) from None
     except OSError as error:
         raise RunError(f"cannot write {desk}: {error}. Choose another `run.root`, or free the disk") from error
+    newest = max(attempt_numbers(paths))
+    if newest > number:  # the number was one's own only because its first owner has come and gone since it was chosen
+        _retire(desk)  # its first owner may write into it by now
+        raise _begun_meanwhile(branch, paths.attempts / f"{newest:04d}")
     write_json(desk / OWNER, own_identity(), desk)
     for old in sorted(paths.attempts.iterdir()):
         if old.name < desk.name:
@@ -63,7 +69,7 @@ def own_identity() -> dict[str, Any]:
 def attempt_numbers(paths: BranchPaths) -> list[int]:
     if not paths.attempts.exists():
         return []
-    stems = (entry.name.removesuffix(ENDED) for entry in paths.attempts.iterdir())
+    stems = (entry.name.partition(".")[0] for entry in paths.attempts.iterdir())
     return sorted(int(stem) for stem in stems if stem.isdigit())
 
 
@@ -163,16 +169,19 @@ def _last_beat(paths: BranchPaths) -> tuple[int, int]:
     return found.st_ino, found.st_mtime_ns
 
 
-def _owner(desk: Path) -> str:
-    if not (desk / OWNER).exists():
-        return f"see {desk}"
-    owner = read_json(desk / OWNER)
-    return f"process {owner['pid']} on {owner['host']}"
+def _begun_meanwhile(branch: int, desk: Path) -> RunError:
+    try:
+        owner = read_json(desk / OWNER)
+        who = f"process {owner['pid']} on {owner['host']}"
+    except RunError:  # it has not written it yet, or is gone again
+        who = f"see {desk}"
+    return RunError(f"branch {branch} was begun by another process a moment ago: {who}")
 
 
 def _retire(desk: Path) -> None:
     """Remove the desk of an older attempt, whatever that still puts there meanwhile."""
-    ended = desk if desk.suffix == ENDED else desk.with_name(desk.name + ENDED)
+    # A name that no other desk of this number is given, of those that `begin_attempt` has made and taken back.
+    ended = desk if desk.suffix == ENDED else desk.with_name(f"{desk.name}.{secrets.token_hex(4)}{ENDED}")
     try:
         if desk != ended:
             desk.rename(ended)

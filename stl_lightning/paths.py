@@ -149,7 +149,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], desk: Path |
     """
     temporary = (desk or path.parent) / f".{path.name}.{secrets.token_hex(4)}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent != desk:  # a desk that was taken away must not come back
+            path.parent.mkdir(parents=True, exist_ok=True)
         for is_last_try in (False, False, True):
             with temporary.open("wb") as file:
                 write(file)
