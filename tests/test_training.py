@@ -405,6 +405,8 @@ def test_what_a_rank_sends_is_recorded(tmp_path: Path) -> None:
         def send() -> None:
             with socket.create_connection(address) as connection:
                 connection.sendall(bytes(1000))
+                connection.shutdown(socket.SHUT_WR)
+                connection.recv(1)  # until the other has closed too: the kernel counts a socket when it is gone
 
         killed = make_job(tmp_path / "loud", trainer={"callbacks": [Calls(send), die_at(15)]})
         assert train_branch(killed) == "failed"
@@ -427,6 +429,7 @@ while True:
     connection = server.accept()[0]
     while connection.recv(4096):
         pass
+    connection.close()
 """
     started = subprocess.Popen([sys.executable, "-c", serve], stdout=subprocess.PIPE)
     assert started.stdout is not None

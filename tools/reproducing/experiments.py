@@ -45,9 +45,11 @@ def controls(n_seeds: int) -> dict[str, Variant]:
     }
 
 
-def unsplit(n_seeds: int, *settings: str) -> dict[str, Variant]:
+def unsplit(n_seeds: int, network: str, **options: object) -> dict[str, Variant]:
     """The conventional network with as many multiply-adds as all branches together."""
-    return {"unsplit": Variant("unsplit network of equal cost", settings, n_seeds, only_baseline=True)}
+    settings = [f"--baseline.network=stl_lightning.networks.{network}"]
+    settings += [f"--baseline.network.init_args.{name}={value}" for name, value in options.items()]
+    return {"unsplit": Variant("unsplit network of equal cost", tuple(settings), n_seeds, only_baseline=True)}
 
 
 def reads(n_seeds: int, *numbers: int) -> dict[str, Variant]:
@@ -61,13 +63,7 @@ EXPERIMENTS = {
         "digits",
         "configs/digits.yaml",
         seeds=3,
-        variants=controls(3)
-        | unsplit(
-            3,
-            "--baseline.network=stl_lightning.networks.MLP",
-            "--baseline.network.init_args.depth=3",
-            "--baseline.network.init_args.width=119",
-        ),
+        variants=controls(3) | unsplit(3, "MLP", depth=3, width=119),
     ),
     "mnist-poster": Experiment(
         "MNIST, B = 16, the poster's settings",
@@ -75,7 +71,7 @@ EXPERIMENTS = {
         "configs/mnist.yaml",
         seeds=5,
         poster=(82.74, 96.32, 98.36, 98.71),
-        variants=controls(5) | unsplit(5, "--baseline.network.init_args.width=158"),
+        variants=controls(5) | unsplit(5, "MLP", depth=8, width=158),
     ),
 }
 GROUPS = sorted({experiment.group for experiment in EXPERIMENTS.values()})
