@@ -47,7 +47,7 @@ def test_the_unsplit_network_costs_what_all_branches_do(name: str, request: pyte
     experiment = EXPERIMENTS[name]
     config = ["--config", str(CHECKOUT / experiment.config), *experiment.settings]
     if experiment.group != "digits":
-        config.append(f"--data.root={request.getfixturevalue('real_data')}")
+        config.append(f"--data.root={request.getfixturevalue('real_data')(experiment.group)}")
     costs = planned_costs([*config, *experiment.variants["unsplit"].settings])
     assert costs["ratios"]["all_branches"]["multiply_adds"] == pytest.approx(1, rel=0.02)
 
