@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 from stl_lightning.errors import ConfigError
-from stl_lightning.networks import MLP, ConvNet, ResNet
+from stl_lightning.networks import MLP, ConvNet, FastConvNet, ResNet
 
 # A row is (class, options, input shape).
 NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, int, int]]] = {
@@ -20,6 +20,8 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, int, int]]
     "conv-ten": (ConvNet, {}, (3, 16, 16)),
     "conv-small": (ConvNet, {"widths": [8, "P", 8, "P"], "dropout": 0.1}, (6, 7, 7)),
     "conv-one-pixel": (ConvNet, {"widths": [4, "P", "P", "P"]}, (1, 8, 8)),
+    "fast-slice": (FastConvNet, {"widths": [8, 12, 16]}, (6, 16, 16)),
+    "fast-odd": (FastConvNet, {"widths": [4, 4, 4], "dropout": 0.1}, (1, 7, 5)),
     "resnet-slice": (ResNet, {"width": 8}, (3, 8, 8)),
     "resnet-odd": (ResNet, {"width": 8}, (1, 7, 5)),
     "resnet-stages": (ResNet, {"depth": [1, 2], "width": 8, "dropout": 0.1}, (3, 9, 9)),
@@ -166,6 +168,10 @@ def test_resnet_with_the_image_stem_is_that_of_torchvision(depth):
         (ConvNet, (3, 8, 8), {"widths": [8, "Q"]}, "widths", "Q"),
         (ConvNet, (3, 8, 8), {"widths": [0]}, "widths", "0"),
         (ConvNet, (3, 8, 8), {"dropout": -0.1}, "dropout", "-0.1"),
+        (FastConvNet, (3, 7, 9), {"widths": [8, 8, 8, 8]}, "widths", "7x9"),
+        (FastConvNet, (3, 8, 8), {"widths": []}, "widths", r"\[\]"),
+        (FastConvNet, (3, 8, 8), {"widths": [8, 0]}, "widths", "0"),
+        (FastConvNet, (3, 8, 8), {"dropout": 1.0}, "dropout", "1.0"),
         (ResNet, (3, 8, 8), {"depth": 19}, "depth", "19"),
         (ResNet, (3, 8, 8), {"depth": []}, "depth", r"\[\]"),
         (ResNet, (3, 8, 8), {"depth": [2, 0]}, "depth", "2, 0"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-from stl_lightning.networks import MLP, ConvNet, ResNet
+from stl_lightning.networks import MLP, ConvNet, FastConvNet, ResNet
 from stl_lightning.networks.common import Dropout
 from stl_lightning.stacked import (
     BATCHED,
@@ -67,6 +67,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "mlp": (lambda: MLP(IN_SHAPE, K, depth=3, width=9, batch_norm=True, dropout=0.3), True),
     "mlp-plain": (lambda: MLP(IN_SHAPE, K, depth=2), True),
     "convnet": (lambda: ConvNet(IN_SHAPE, K, widths=(3, "P", 5), dropout=0.3), False),
+    "fast-convnet": (lambda: FastConvNet(IN_SHAPE, K, widths=[3, 4], dropout=0.3), False),
     "resnet": (lambda: ResNet(IN_SHAPE, K, depth=[1, 1], width=3, dropout=0.3), False),
     "own": (Own, False),
     "nested": (lambda: nn.Sequential(alone(nn.GELU)(), nn.Sequential(nn.Linear(N_FEATURES, K, bias=False))), True),

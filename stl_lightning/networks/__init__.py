@@ -10,7 +10,8 @@ Letters: n samples, c channels, h w space, k classes.
 from stl_lightning.networks.branches import BranchNetworks, NetworkFactory, branch_seed
 from stl_lightning.networks.common import Dropout
 from stl_lightning.networks.convnet import ConvNet
+from stl_lightning.networks.fastconvnet import FastConvNet
 from stl_lightning.networks.mlp import MLP
 from stl_lightning.networks.resnet import ResNet
 
-__all__ = ["MLP", "BranchNetworks", "ConvNet", "Dropout", "NetworkFactory", "ResNet", "branch_seed"]
+__all__ = ["MLP", "BranchNetworks", "ConvNet", "Dropout", "FastConvNet", "NetworkFactory", "ResNet", "branch_seed"]

@@ -21,6 +21,7 @@ class Variant:
 class Experiment:
     """A recipe (a config and what is set beside it), how many seeds it takes, and what it is compared with.
 
+    `folder`: where its images lie inside the folder of all data sets.
     `poster`: accuracy in percent of the mean branch, the highest, the ensemble and the baseline in its Table 1.
     `goal`: what the ensemble's accuracy is to reach.
     """
@@ -30,6 +31,7 @@ class Experiment:
     config: str
     seeds: int
     settings: tuple[str, ...] = ()
+    folder: str = ""
     poster: tuple[float, float, float, float] | None = None
     goal: float | None = None
     variants: Mapping[str, Variant] = field(default_factory=dict)

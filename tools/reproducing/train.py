@@ -28,6 +28,7 @@ class Training:
     root: Path
     extra: tuple[str, ...] = ()  # settings of who calls
     data: str | None = None  # folder of the data sets
+    n_processes: int | None = None  # that train the branches; None: one for all, which stacks them where it can
 
     @property
     def folder(self) -> Path:
@@ -45,11 +46,16 @@ class Training:
     def commands(self) -> list[list[str]]:
         """`stl baseline` where there is one to train, `stl run` where there are branches."""
         place = [f"--run.root={self.root}", f"--run.name={self.name}"]
-        place += [f"--data.root={self.data}"] if self.data else []
+        place += self.where()
         args = ["--config", str(CHECKOUT / self.experiment.config), *self.settings, *place]
         if self.only_baseline:  # which is a run of one branch
             return [["baseline", *args], ["ensemble", str(self.folder / "baseline")]]
-        return ([["baseline", *args]] if self.variant is None else []) + [["run", *args]]
+        train = ["run"] if self.n_processes is None else ["launch", f"--local={self.n_processes}"]
+        return ([["baseline", *args]] if self.variant is None else []) + [[*train, *args]]
+
+    def where(self) -> list[str]:
+        """The setting that names the images, if they lie elsewhere than the config says."""
+        return [f"--data.root={Path(self.data) / self.experiment.folder}"] if self.data else []
 
     def is_done(self) -> bool:
         """Whether it was trained to its end, with the settings and the config of today."""
@@ -90,7 +96,13 @@ class Training:
 
 
 def trainings(
-    name: str, experiment: Experiment, root: Path, n_seeds: int | None, extra: Sequence[str], data: str | None = None
+    name: str,
+    experiment: Experiment,
+    root: Path,
+    n_seeds: int | None,
+    extra: Sequence[str],
+    data: str | None = None,
+    n_processes: int | None = None,
 ) -> dict[str, list[Training]]:
     """The runs of an experiment: those of the recipe itself under "", those of each variant under its name."""
     found = {}
@@ -98,7 +110,7 @@ def trainings(
         count = n_seeds or (variant.seeds if variant and variant.seeds else experiment.seeds)
         label = f"{name}-{key}" if key else name
         found[key] = [
-            Training(f"{label}-seed{seed}", experiment, variant, seed, root, tuple(extra), data)
+            Training(f"{label}-seed{seed}", experiment, variant, seed, root, tuple(extra), data, n_processes)
             for seed in range(count)
         ]
     return found
