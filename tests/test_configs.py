@@ -35,8 +35,8 @@ def photographs(real_data: Real, folder: Path) -> Path:
 
 DATA: dict[str, Callable[[Real, Path], list[str]]] = {
     "digits": lambda real, folder: [],
-    "mnist": lambda real, folder: [f"--data.root={real('mnist')}"],
-    "cifar10": lambda real, folder: [f"--data.root={real('cifar10')}"],
+    **{name: lambda real, folder: [f"--data.root={real('mnist')}"] for name in ("mnist", "mnist-best", "mnist-conv")},
+    **{name: lambda real, folder: [f"--data.root={real('cifar10')}"] for name in ("cifar10", "cifar10-best")},
     "imagenet": lambda real, folder: [
         "--data.source=imagefolder",
         f"--data.root={photographs(real, folder / 'photographs')}",

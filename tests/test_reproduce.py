@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from reproducing import readme
-from reproducing.experiments import EXPERIMENTS
+from reproducing import curve, readme
+from reproducing.experiments import EXPERIMENTS, Experiment
 from reproducing.summary import spread
 from reproducing.train import Training, trainings
 
@@ -61,6 +61,34 @@ def test_every_run_has_a_name_and_a_place_of_its_own(tmp_path: Path) -> None:
     ]
     assert len({run.folder for run in runs}) == len(runs)
     assert all(f"--seed_everything={run.seed}" in command for run in runs for command in run.commands()[:1])
+
+
+def test_the_images_of_an_experiment_lie_in_its_folder(tmp_path: Path) -> None:
+    experiment = Experiment("Photographs", "photos", "configs/imagenet.yaml", seeds=1, folder="pictures")
+    (run,) = trainings("photos", experiment, tmp_path, None, [], "/data", n_processes=2)[""]
+    baseline, branches = run.commands()
+    assert "--data.root=/data/pictures" in baseline
+    assert branches[:2] == ["launch", "--local=2"]
+    assert branches[2:] == baseline[1:]
+
+
+def test_the_curve_has_a_point_for_each_number_of_slices(tmp_path: Path) -> None:
+    """The recipe's own number is that of the recipe, unless a variant of the same length of training has it."""
+    record = {"slices_per_branch": 2, "name": "recipe", "variants": {"reads-4": {"name": "4"}, "random": {}}}
+    assert {r: row["name"] for r, row in curve.points(record).items()} == {2: "recipe", 4: "4"}
+    record["variants"] = {"reads-4": {"name": "4"}, "reads-2": {"name": "short"}, "reads-1": {"name": "1"}}
+    assert list(curve.points(record).items()) == [(1, {"name": "1"}), (2, {"name": "short"}), (4, {"name": "4"})]
+
+
+def test_the_curve_is_drawn_from_the_json(tmp_path: Path) -> None:
+    row = {name: spread([90.0 + i]) for i, name in enumerate(("mean", "highest", "ensemble", "baseline"))}
+    row["costs"] = {"branch": {"bytes_read_epoch": 2e6}, "all_branches": {"multiply_adds": 3_000_000}}
+    record = {"title": "Somewhere", "slices_per_branch": 1, **row, "variants": {}}
+    curve.draw(record, tmp_path / "new" / "slices")
+    assert not list(tmp_path.iterdir())  # of one point there is no curve
+    curve.draw(record | {"variants": {"reads-2": row}}, tmp_path / "new" / "slices")
+    assert {path.suffix for path in (tmp_path / "new").iterdir()} == {".png", ".svg"}
+    assert "Somewhere" in (tmp_path / "new" / "slices.svg").read_text()
 
 
 def test_a_run_is_done_for_the_settings_it_was_trained_with(tmp_path: Path) -> None:

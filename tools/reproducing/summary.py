@@ -27,6 +27,7 @@ def summarise(experiment: Experiment, done: Mapping[str, Sequence[Training]], co
         "title": experiment.title,
         "command": command,
         "settings": list(main[0].extra),
+        "slices_per_branch": slices_per_branch(main[0].folder),
         **columns(results),
         "goal": experiment.goal,
         "poster": dict(zip(COLUMNS, experiment.poster, strict=True)) if experiment.poster else None,
@@ -70,6 +71,11 @@ def times(rows: Sequence[Row]) -> list[float]:
 def read_results(run: Path) -> Row:
     found: Row = json.loads((run / "ensemble" / "results.json").read_text())
     return found
+
+
+def slices_per_branch(run: Path) -> int:
+    settings = json.loads((run / "run.json").read_text())["settings"]
+    return len(settings["common_slices"] or []) or int(settings["slices_per_branch"])
 
 
 def columns(results: Sequence[Row]) -> Row:
