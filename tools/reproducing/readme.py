@@ -10,6 +10,8 @@ from reproducing.summary import COLUMNS
 
 Row = Mapping[str, Any]
 
+PARTS = {"all_branches": "all branches", "baseline": "the baseline"}  # key of times -> how they are called
+
 
 def read_records(folder: Path) -> dict[str, Row]:
     """Those experiments that have been carried out, in the order of the table."""
@@ -36,15 +38,24 @@ def results(records: Mapping[str, Row]) -> str:
 def remark(record: Row) -> str:
     """How a row was made, how long it took, what it was to reach."""
     extra = f" with `{' '.join(record['settings'])}`" if record["settings"] else ""
-    wall = {part: f"{found['mean']:,.0f} s" for part, found in record["wall_s"].items() if found["n"]}
-    took = f"{wall['all_branches']} all branches" + (f", {wall['baseline']} the baseline" if "baseline" in wall else "")
+    took = ", ".join(f"{name} {seconds(record['elapsed_s'][part])}" for part, name in PARTS.items())
+    processes = " or ".join(map(str, record["n_processes"]))
     goal = record["goal"]
     verdict = "met" if goal and record["ensemble"]["mean"] >= goal else "missed"
     return (
-        f"- {record['title']}: `{record['command']}`{extra}; {took} ({record['machine']}, shared); weights chosen: "
+        f"- {record['title']}: `{record['command']}`{extra}; {took} (branches in {processes} process"
+        f"{'' if processes == '1' else 'es'}, {record['machine']}, shared); weights chosen: "
         f"{', '.join(record['chosen'])}; NLL {record['nll']['mean']:.4f}, ECE {record['ece']['mean']:.4f}; "
         f"seeds {', '.join(map(str, record['seeds']))}." + (f" Goal {goal:.1f}: {verdict}." if goal else "")
     )
+
+
+def seconds(found: Sequence[float]) -> str:
+    """287 to 2,012 s; a hyphen where every training was interrupted."""
+    if not found:
+        return "-"
+    low, high = (f"{value:,.0f}" for value in (min(found), max(found)))
+    return f"{low} s" if low == high else f"{low} to {high} s"
 
 
 def variants(records: Mapping[str, Row]) -> str:

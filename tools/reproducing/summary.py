@@ -56,16 +56,33 @@ def variant(experiment: Experiment, key: str, trainings: Sequence[Training]) -> 
 
 
 def costs(trainings: Sequence[Training]) -> Row:
-    """Sizes, which all seeds share, of one branch, of all together and of the baseline; their times over the seeds."""
+    """Sizes, which all seeds share, of one branch, of all together and of the baseline; the time each seed took."""
     found = [training.costs() for training in trainings]
     parts = {"branch": [of["branches"][0] for of in found]}
     parts |= {name: [of[name] for of in found if of[name]] for name in ("all_branches", "baseline")}
     sizes = {name: {key: rows[0][key] for key in SIZES} for name, rows in parts.items() if rows}
-    return {"costs": sizes, "wall_s": {name: spread(times(rows)) for name, rows in parts.items()}}
+    folders = {"all_branches": "branches", "baseline": "baseline/branches"}
+    elapsed = {name: [elapsed_s(t.folder / folder) for t in trainings] for name, folder in folders.items()}
+    return {
+        "costs": sizes,
+        "elapsed_s": {name: sorted(s for s in of if s is not None) for name, of in elapsed.items()},
+        "n_processes": sorted({n_processes(t.folder) for t in trainings}),
+    }
 
 
-def times(rows: Sequence[Row]) -> list[float]:
-    return [row["wall_s"] for row in rows if row["wall_s"] is not None]
+def elapsed_s(branches: Path) -> float | None:
+    """From the start of the first branch to the end of the last; None if any was interrupted, or is not there."""
+    found = [json.loads(path.read_text()) for path in branches.glob("*/status.json")]
+    if not found or any(status["attempt"] > 1 or status["state"] != "finished" for status in found):
+        return None
+    ended, started = (choose(status[key] for status in found) for choose, key in ((max, "heartbeat"), (min, "started")))
+    return round(ended - started, 1)
+
+
+def n_processes(run: Path) -> int:
+    """That trained the branches side by side: those of `stl launch --local`, or one."""
+    launches = run / "launch.json"
+    return int(json.loads(launches.read_text())[-1]["n_workers"]) if launches.exists() else 1
 
 
 def read_results(run: Path) -> Row:
