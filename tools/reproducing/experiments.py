@@ -101,6 +101,24 @@ EXPERIMENTS = {
         poster=(82.74, 96.32, 98.36, 98.71),
         variants=controls(5) | unsplit(5, "MLP", depth=8, width=158),
     ),
+    "mnist-best": Experiment(
+        "MNIST, B = 16, fully connected branches",
+        "mnist",
+        "configs/mnist-best.yaml",
+        seeds=3,
+        goal=98.9,
+        variants=controls(1, 4)
+        | reads(1, 1, 2, 8, 16)
+        | sizes(1, {"0-2": {"width": 400}, "3-15": {"width": 208}}, ("--data.slices_per_branch=1",)),
+    ),
+    "mnist-conv": Experiment(
+        "MNIST, B = 16, convolution branches",
+        "mnist",
+        "configs/mnist-conv.yaml",
+        seeds=3,
+        goal=99.3,
+        variants=controls(1, 4) | reads(1, 1, 2),
+    ),
     "cifar10-best": Experiment(
         "CIFAR-10, B = 4, an hour on two cores",
         "cifar10",
