@@ -25,7 +25,8 @@ def results(records: Mapping[str, Row]) -> str:
     for record in records.values():
         if record["poster"]:
             cells = [f"{record['poster'][column]:.2f}" for column in COLUMNS]
-            rows.append([f"{record['title']}: the poster", "", *cells, ""])
+            data = f" on {record['poster_on']}" if record["poster_on"] else ""
+            rows.append([f"{record['title']}: the poster{data}", "", *cells, ""])
         sizes = record["costs"]
         of = [f"{sizes[part]['n_parameters']:,}" for part in ("branch", "baseline") if part in sizes]
         cells = [percent(record[column]) for column in COLUMNS]

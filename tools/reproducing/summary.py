@@ -30,6 +30,7 @@ def summarise(experiment: Experiment, done: Mapping[str, Sequence[Training]], co
         "slices_per_branch": slices_per_branch(main[0].folder),
         **columns(results),
         "goal": experiment.goal,
+        "poster_on": experiment.poster_on,
         "poster": dict(zip(COLUMNS, experiment.poster, strict=True)) if experiment.poster else None,
         "seeds": [training.seed for training in main],
         "chosen": [f"{r['weighting']} on {r['space']}" for r in results],
