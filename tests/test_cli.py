@@ -48,7 +48,9 @@ BAD = {
     "monitor": (["--run.monitor=val/f1"], ["run.monitor", "val/acc"]),
     "network option": (["--model.network.init_args.depth=0"], ["model.network.init_args.depth", "1 or more"]),
     "smoothing": (["--model.label_smoothing=2"], ["model.label_smoothing"]),
-    "typo in a key": (["--data.sorce=digits"], ["data.sorce"]),
+    "typo in a key": (["--data.sorce=digits"], ["unrecognized", "did you mean data.source in place of data.sorce?"]),
+    "two typos": (["--tranier.max_epoch=3", "--data.blok", "2"], ["mean trainer.max_epochs in", "mean data.block in"]),
+    "no such key": (["--something.else=3"], ["unrecognized arguments: --something.else=3\n"]),
     "wrong type": (["--data.batch_size=many"], ["data.batch_size"]),
 }
 

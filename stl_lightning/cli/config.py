@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stl_lightning.augment import Augment
+from stl_lightning.cli.parser import SettingsParser
 from stl_lightning.datamodule import SpectralDataModule
 from stl_lightning.ensemble.fit import find_candidates
 from stl_lightning.ensemble.options import EnsembleOptions
@@ -41,6 +42,7 @@ class SpectralCLI(LightningCLI):
             BranchModule,
             SpectralDataModule,
             save_config_callback=None,
+            parser_class=SettingsParser,
             # The generated usage lists every setting on 60 lines, above the one line that says what is wrong.
             parser_kwargs={
                 "prog": f"stl {command}",
