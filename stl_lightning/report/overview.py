@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from stl_lightning.ranges import as_ranges
 from stl_lightning.report.looks import BLUE, GREY, ORANGE, RED, WIDTH, shortened, show_image, show_slice
 from stl_lightning.report.material import Material
 from stl_lightning.report.pictures import pixels, split_text
@@ -73,7 +74,8 @@ def _branch(figure: "Figure", page: "Axes", material: Material, row: dict[str, A
     page.annotate("", (SLICE[0] - 0.03, y), (IMAGE[1] + 0.06, middle), arrowprops=ARROW)
     show_slice(_inset(figure, SLICE[0], y - size / 2, size), sample.slices[k], len(sample.image))
     page.annotate("", (BRANCH[0], y), (SLICE[1] + 0.04, y), arrowprops=ARROW)
-    text = f"branch {row['branch']}\n{row['n_parameters']:,},  {100 * row['val']['accuracy']:.1f} %"
+    reads = f": slices {as_ranges(sorted(row['slices']))}" if len(row["slices"]) > 1 else ""
+    text = f"branch {row['branch']}{reads}\n{row['n_parameters']:,},  {100 * row['val']['accuracy']:.1f} %"
     _box(page, BRANCH, y, 0.46, text, BLUE)
     page.annotate("", (WEIGHT[0] - 0.04, y), (BRANCH[1], y), arrowprops=ARROW)
     _weight(page, material, row["weight"], y)
