@@ -47,7 +47,8 @@ def controls(n_seeds: int, r: int = 1, also: Settings = (), note: str = "") -> d
 
     r: slices that a branch of the experiment reads. also: settings of every control, which `note` names.
     """
-    common = ("--data.reorganisation=polyphase", "--data.transform=dct2", "--data.slices_per_branch=1")
+    common = ("--data.reorganisation=polyphase", "--data.transform=dct2")
+    common += ("--data.slices_per_branch=1",) if r > 1 else ()
     same = {"same-data": ("the pixel average", 1)} | ({"same-slices": (f"the same {r} slices", r)} if r > 1 else {})
     changed = {
         "identity": ("no transform", ("--data.transform=identity",)),
