@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from reproducing import curve, readme
 from reproducing.experiments import EXPERIMENTS, Experiment
-from reproducing.summary import spread
-from reproducing.train import Training, trainings
+from reproducing.records import gather, keep, pick, read_rows, record_of, rows_of, spread
+from reproducing.train import Planned, Training, trainings
 
 from stl_lightning.cli.cost import planned_costs
 
@@ -23,10 +25,44 @@ RECORDS = readme.read_records(RESULTS)
 
 
 def test_the_spread_of_seeds() -> None:
-    assert spread([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5, abs=1e-5), "n": 2}
+    assert spread([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5, abs=1e-5), "n": 2, "values": [1.0, 3.0]}
+    assert spread([1.0, None]) == {"mean": 1.0, "std": 0.0, "n": 1, "values": [1.0, None]}
     assert readme.percent(spread([97.5])) == "97.50"
     assert readme.percent(spread([97.0, 98.0])) == "97.50 ± 0.71"
     assert readme.percent(spread([])) == "-"
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"ensemble": st.floats(0, 100), "chosen": st.text(), "baseline": st.none() | st.floats(0, 100)},
+            optional={"topk": st.fixed_dictionaries({"ece": st.floats(0, 1)})},
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_the_rows_of_seeds_can_be_taken_out_again(rows: list[dict[str, Any]]) -> None:
+    """What one seed has and another has not comes back as None."""
+    gathered = gather(rows)
+    for i, row in enumerate(rows):
+        missing = {"topk": {"ece": None}} if any("topk" in other for other in rows) else {}
+        assert pick(gathered, i) == missing | row
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_json_is_that_of_its_seeds(name: str) -> None:
+    """Taken apart into single seeds and put together, it is the same to the last number; so none is typed."""
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = rows_of(record, EXPERIMENTS[name])
+    assert record_of(name, EXPERIMENTS[name], rows, record["settings"]) == record
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_what_is_recorded_is_of_the_settings_of_today(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    planned = trainings(name, EXPERIMENTS[name], Path("/nowhere"), None, [])
+    read_rows(RESULTS / f"{name}.json", EXPERIMENTS[name], planned)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -93,14 +129,41 @@ def test_the_curve_is_drawn_from_the_json(tmp_path: Path) -> None:
     assert "Somewhere" in (tmp_path / "new" / "slices.svg").read_text()
 
 
-def test_a_run_is_done_for_the_settings_it_was_trained_with(tmp_path: Path) -> None:
-    run = Training("digits-seed0", EXPERIMENTS["digits"], None, 0, tmp_path)
-    other = Training("digits-seed0", EXPERIMENTS["digits"], None, 0, tmp_path, ("--trainer.max_epochs=1",))
-    assert not run.is_done()
-    run.folder.mkdir()
-    (run.folder / "reproduced.json").write_text(json.dumps({"trained": run._description(), "costs": {}}))
-    assert run.is_done()
-    assert not other.is_done()
+def test_seeds_of_several_calls_come_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "new" / "digits.json"
+    _keep(file, "identity", 0, 5.0)
+    assert "recorded when the recipe itself" in capsys.readouterr().err
+    for key, seed, value in (("", 1, 20.0), ("", 0, 10.0), ("identity", 1, 6.0), ("", 1, 30.0)):
+        _keep(file, key, seed, value)
+    record = json.loads(file.read_text())
+    assert (record["seeds"], record["ensemble"]["mean"], record["ensemble"]["values"]) == ([0, 1], 20.0, [10.0, 30.0])
+    assert record["variants"]["identity"]["ensemble"]["values"] == [6.0]
+    assert [path.name for path in file.parent.iterdir()] == ["digits.json"]
+
+
+def test_what_was_trained_otherwise_does_not_count_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "digits.json"
+    _keep(file, "", 0, 10.0)
+    other = _planned("--trainer.max_epochs=1")
+    assert read_rows(file, EXPERIMENTS["digits"], _planned()) == {"": {0: _row(_planned()[""][0], 10.0)}}
+    assert capsys.readouterr().err == ""
+    assert not read_rows(file, EXPERIMENTS["digits"], other)[""]
+    assert "digits, seed 0: was recorded with other settings" in capsys.readouterr().err
+
+
+def _planned(*settings: str) -> Planned:
+    return trainings("digits", EXPERIMENTS["digits"], Path("/nowhere"), None, settings)
+
+
+def _row(training: Training, value: float) -> dict[str, Any]:
+    return {"trained": training.trained(), "costs": {}, "ensemble": value}
+
+
+def _keep(file: Path, key: str, seed: int, value: float) -> None:
+    planned = _planned()
+    keep(file, planned[key][seed], _row(planned[key][seed], value), planned)
 
 
 @pytest.mark.slow
@@ -120,7 +183,7 @@ def test_the_json_follows_from_the_logits_that_are_kept(tmp_path: Path) -> None:
     best = tmp_path / "runs" / "digits-seed0" / "branches" / "00" / "best.ckpt"
     trained_at = best.stat().st_mtime_ns
     (tmp_path / "out" / "digits.json").unlink()
-    assert reproduce(tmp_path) == first  # from what is there
+    assert reproduce(tmp_path) == first  # from what is in the folder of the runs
     assert best.stat().st_mtime_ns == trained_at
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 Settings = tuple[str, ...]
 
+COLUMNS = ("mean", "highest", "ensemble", "baseline")  # of the poster's Table 1
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -26,7 +28,7 @@ class Experiment:
     """A recipe (a config and what is set beside it), how many seeds it takes, and what it is compared with.
 
     `folder`: where its images lie inside the folder of all data sets.
-    `poster`: accuracy in percent of the mean branch, the highest, the ensemble and the baseline in its Table 1.
+    `poster`: accuracy in percent in its Table 1, a number for each of COLUMNS.
     `goal`: what the ensemble's accuracy is to reach.
     """
 

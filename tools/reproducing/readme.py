@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reproducing.experiments import EXPERIMENTS
-from reproducing.summary import COLUMNS
+from reproducing.experiments import COLUMNS, EXPERIMENTS
 
 Row = Mapping[str, Any]
 
@@ -39,23 +38,25 @@ def results(records: Mapping[str, Row]) -> str:
 def remark(record: Row) -> str:
     """How a row was made, how long it took, what it was to reach."""
     extra = f" with `{' '.join(record['settings'])}`" if record["settings"] else ""
-    took = ", ".join(f"{name} {seconds(record['elapsed_s'][part])}" for part, name in PARTS.items())
-    processes = " or ".join(map(str, record["n_processes"]))
+    took = ", ".join(f"{name} {seconds(record['elapsed_s'][part]['values'])}" for part, name in PARTS.items())
+    processes = " or ".join(map(str, sorted(set(record["n_processes"]["values"]))))
+    machines = " or ".join(sorted(set(record["machine"]["values"])))
     goal = record["goal"]
     verdict = "met" if goal and record["ensemble"]["mean"] >= goal else "missed"
     return (
         f"- {record['title']}: `{record['command']}`{extra}; {took} (branches in {processes} process"
-        f"{'' if processes == '1' else 'es'}, {record['machine']}, shared); weights chosen: "
-        f"{', '.join(record['chosen'])}; NLL {record['nll']['mean']:.4f}, ECE {record['ece']['mean']:.4f}; "
+        f"{'' if processes == '1' else 'es'}, {machines}, shared); weights chosen: "
+        f"{', '.join(record['chosen']['values'])}; NLL {record['nll']['mean']:.4f}, ECE {record['ece']['mean']:.4f}; "
         f"seeds {', '.join(map(str, record['seeds']))}." + (f" Goal {goal:.1f}: {verdict}." if goal else "")
     )
 
 
-def seconds(found: Sequence[float]) -> str:
+def seconds(found: Sequence[float | None]) -> str:
     """287 to 2,012 s; a hyphen where every training was interrupted."""
-    if not found:
+    known = [value for value in found if value is not None]
+    if not known:
         return "-"
-    low, high = (f"{value:,.0f}" for value in (min(found), max(found)))
+    low, high = (f"{value:,.0f}" for value in (min(known), max(known)))
     return f"{low} s" if low == high else f"{low} to {high} s"
 
 
@@ -84,22 +85,27 @@ def variant_row(title: str, row: Row) -> list[str]:
 
 def weightings(records: Mapping[str, Row]) -> str:
     """Every way to weigh the members, fitted on the validation split, on the test set."""
-    names = list(dict.fromkeys(row["name"] for record in records.values() for row in record["weightings"]))
-    of = [{row["name"]: percent(row["accuracy"]) for row in record["weightings"]} for record in records.values()]
-    rows = [[name, *(found.get(name, "") for found in of)] for name in names]
+    names = list(dict.fromkeys(name for record in records.values() for name in record["weightings"]))
+    rows = [[name, *(of_all_seeds(record, name) for record in records.values())] for name in names]
     return "\n".join([*table(["", *(record["title"] for record in records.values())], rows), ""])
+
+
+def of_all_seeds(record: Row, weighting: str) -> str:
+    """Empty if a seed had to do without this weighting."""
+    found = record["weightings"].get(weighting)
+    return percent(found["accuracy"]) if found and found["accuracy"]["n"] == len(record["seeds"]) else ""
 
 
 def lost(records: Mapping[str, Row]) -> str:
     """What is left of the accuracy when branches are lost: any one of them, and the k that weigh most."""
     rows = []
     for record in records.values():
-        of_one = [row["accuracy"]["mean"] for row in record["lost"]["leave_one_out"]]
+        of_one = [row["accuracy"]["mean"] for row in record["lost"]["leave_one_out"].values()]
         rows.append([record["title"], "none", percent(record["ensemble"]), f"{record['ece']['mean']:.4f}"])
         rows.append(["", "any one", f"{min(of_one):.2f} to {max(of_one):.2f}", ""])
-        worst = [row for row in record["lost"]["worst"] if row["name"] & (row["name"] - 1) == 0]  # 1, 2, 4, 8
-        for row in worst:
-            rows.append(["", f"the {row['name']} heaviest", percent(row["accuracy"]), f"{row['ece']['mean']:.4f}"])
+        for k, row in record["lost"]["worst"].items():
+            if int(k).bit_count() == 1:  # 1, 2, 4, 8
+                rows.append(["", f"the {k} heaviest", percent(row["accuracy"]), f"{row['ece']['mean']:.4f}"])
     return "\n".join([*table(["", "lost", "Ens.", "ECE"], rows), ""])
 
 
