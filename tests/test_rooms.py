@@ -15,8 +15,8 @@ ROOMS = [
     "errors", "ranges", "exits", "leaving", "ranks", "paths", "run", "status", "attempts", "supervisor", "traffic",
     "launch",
     "spectral", "augment", "images", "sources", "store", "loaders", "slices",
-    "datamodule", "networks", "stacked", "averaging", "module", "strategy", "checkpoint", "tracking", "training",
-    "ensemble", "cost", "report", "__main__", "cli",
+    "datamodule", "networks", "optimizers", "stacked", "averaging", "module", "strategy", "checkpoint", "tracking",
+    "training", "ensemble", "cost", "report", "__main__", "cli",
 ]  # fmt: skip
 
 FILES = sorted(PACKAGE.rglob("*.py"))
