@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -67,12 +68,11 @@ def test_what_is_recorded_is_of_the_settings_of_today(name: str, capsys: pytest.
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_a_row_of_the_table_is_that_of_its_json(name: str) -> None:
-    """Read here by hand, not by the code that writes the table."""
+    """Read here by hand, not by the code that writes the table; mean and spread from the values of the seeds."""
     record = json.loads((RESULTS / f"{name}.json").read_text())
-    columns = [record[column] for column in ("mean", "highest", "ensemble", "baseline")]
+    columns = [record[column]["values"] for column in ("mean", "highest", "ensemble", "baseline")]
     cells = " | ".join(
-        "-" if of["n"] == 0 else f"{of['mean']:.2f} ± {of['std']:.2f}" if of["n"] > 1 else f"{of['mean']:.2f}"
-        for of in columns
+        "-" if not of else f"{fmean(of):.2f} ± {stdev(of):.2f}" if len(of) > 1 else f"{of[0]:.2f}" for of in columns
     )
     row = f"| {record['title']}: measured | {len(record['seeds'])} | {cells} | "
     assert row in (CHECKOUT / "README.md").read_text()
@@ -103,11 +103,14 @@ def test_every_run_has_a_name_and_a_place_of_its_own(tmp_path: Path) -> None:
 
 def test_the_images_of_an_experiment_lie_in_its_folder(tmp_path: Path) -> None:
     experiment = Experiment("Photographs", "photos", "configs/imagenet.yaml", seeds=1, folder="pictures")
-    (run,) = trainings("photos", experiment, tmp_path, None, [], "/data", n_processes=2)[""]
-    baseline, branches = run.commands()
+    planned = trainings("photos", experiment, tmp_path, None, [], "/data", n_processes=2)
+    (run,), baselines = planned[""], planned["baseline"]
+    (branches,) = run.commands()
+    baseline, scored = baselines[0].commands()
     assert "--data.root=/data/pictures" in baseline
     assert branches[:2] == ["launch", "--local=2"]
-    assert branches[2:] == baseline[1:]
+    assert branches[2:] == baseline[1:]  # also its name: one run
+    assert scored == ["ensemble", str(tmp_path / "photos-seed0" / "baseline")]
 
 
 def test_the_curve_has_a_point_for_each_number_of_slices(tmp_path: Path) -> None:
@@ -133,10 +136,11 @@ def test_seeds_of_several_calls_come_together(tmp_path: Path, capsys: pytest.Cap
     file = tmp_path / "new" / "digits.json"
     _keep(file, "identity", 0, 5.0)
     assert "recorded when the recipe itself" in capsys.readouterr().err
-    for key, seed, value in (("", 1, 20.0), ("", 0, 10.0), ("identity", 1, 6.0), ("", 1, 30.0)):
+    for key, seed, value in (("", 1, 20.0), ("", 0, 10.0), ("identity", 1, 6.0), ("baseline", 1, 7.0), ("", 1, 30.0)):
         _keep(file, key, seed, value)
     record = json.loads(file.read_text())
     assert (record["seeds"], record["ensemble"]["mean"], record["ensemble"]["values"]) == ([0, 1], 20.0, [10.0, 30.0])
+    assert record["baseline"] == record["variants"]["baseline"]["baseline"] == spread([7.0])
     assert record["variants"]["identity"]["ensemble"]["values"] == [6.0]
     assert [path.name for path in file.parent.iterdir()] == ["digits.json"]
 
@@ -158,7 +162,8 @@ def _planned(*settings: str) -> Planned:
 
 
 def _row(training: Training, value: float) -> dict[str, Any]:
-    return {"trained": training.trained(), "costs": {}, "ensemble": value}
+    name = "baseline" if training.only_baseline else "ensemble"
+    return {"trained": training.trained(), name: value}
 
 
 def _keep(file: Path, key: str, seed: int, value: float) -> None:

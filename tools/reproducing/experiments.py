@@ -43,6 +43,11 @@ class Experiment:
     goal: float | None = None
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
+    @property
+    def rows(self) -> dict[str, Variant | None]:
+        """The recipe itself under "", the conventional network that it is compared with, and the variants."""
+        return {"": None, "baseline": Variant("the conventional network", only_baseline=True), **self.variants}
+
 
 def controls(n_seeds: int, r: int = 1, also: Settings = (), note: str = "") -> dict[str, Variant]:
     """What shows how much the transform and the split contribute: the same code, the same networks, the same cost.

@@ -9,8 +9,6 @@ from reproducing.experiments import COLUMNS, EXPERIMENTS
 
 Row = Mapping[str, Any]
 
-PARTS = {"all_branches": "all branches", "baseline": "the baseline"}  # key of times -> how they are called
-
 
 def read_records(folder: Path) -> dict[str, Row]:
     """Those experiments that have been carried out, in the order of the table."""
@@ -38,7 +36,8 @@ def results(records: Mapping[str, Row]) -> str:
 def remark(record: Row) -> str:
     """How a row was made, how long it took, what it was to reach."""
     extra = f" with `{' '.join(record['settings'])}`" if record["settings"] else ""
-    took = ", ".join(f"{name} {seconds(record['elapsed_s'][part]['values'])}" for part, name in PARTS.items())
+    baseline = record["variants"].get("baseline", {"elapsed_s": {"values": []}})
+    took = f"all branches {seconds(record['elapsed_s'])}, the baseline {seconds(baseline['elapsed_s'])}"
     processes = " or ".join(map(str, sorted(set(record["n_processes"]["values"]))))
     machines = " or ".join(sorted(set(record["machine"]["values"])))
     goal = record["goal"]
@@ -51,9 +50,9 @@ def remark(record: Row) -> str:
     )
 
 
-def seconds(found: Sequence[float | None]) -> str:
+def seconds(found: Row) -> str:
     """287 to 2,012 s; a hyphen where every training was interrupted."""
-    known = [value for value in found if value is not None]
+    known = [value for value in found["values"] if value is not None]
     if not known:
         return "-"
     low, high = (f"{value:,.0f}" for value in (min(known), max(known)))
@@ -67,9 +66,6 @@ def variants(records: Mapping[str, Row]) -> str:
     for record in records.values():
         rows = [variant_row("as above", record)]
         rows += [variant_row(row["title"], row) for row in record["variants"].values()]
-        rows.append(
-            ["the conventional network", str(record["baseline"]["n"]), "", "", percent(record["baseline"]), *[""] * 3]
-        )
         lines += [f"**{record['title']}**", "", *table(head, rows), ""]
     return "\n".join(lines)
 

@@ -20,10 +20,10 @@ from reproducing.train import Planned, Training
 
 DIGITS = 5  # of a number, behind the point
 SHARED = ("trained", "slices_per_branch", "costs")  # what the seeds of a row have in common
-ABOUT = ("title", "command", "settings", "goal", "poster_on", "poster", "variants")  # no part of a row
+DERIVED = ("title", "command", "settings", "goal", "poster_on", "poster", "baseline", "variants")  # not of its seeds
 
 Row = dict[str, Any]
-Rows = dict[str, dict[int, Row]]  # of the recipe (under "") and of each variant, by seed
+Rows = dict[str, dict[int, Row]]  # each row of an experiment, by seed
 
 
 def gather(rows: Sequence[Any]) -> Row:
@@ -54,20 +54,24 @@ def combine(seeds: Mapping[int, Row]) -> Row:
     """The row of an experiment's JSON. The inverse is `take_apart`."""
     order = sorted(seeds)
     shared = {key: seeds[order[-1]][key] for key in SHARED if key in seeds[order[-1]]}
-    own = [{key: value for key, value in seeds[seed].items() if key not in SHARED} for seed in order]
+    own = [without(seeds[seed], SHARED) for seed in order]
     return {**shared, "seeds": order, **gather(own)}
 
 
 def take_apart(row: Row) -> dict[int, Row]:
     """The rows of the single seeds. The inverse of `combine`."""
     shared = {key: row[key] for key in SHARED if key in row}
-    own = {key: value for key, value in row.items() if key not in (*SHARED, "seeds")}
+    own = without(row, (*SHARED, "seeds"))
     return {seed: shared | pick(own, i) for i, seed in enumerate(row["seeds"])}
 
 
 def record_of(name: str, experiment: Experiment, rows: Rows, settings: Sequence[str]) -> Row:
     """The JSON of an experiment."""
-    variants = {key: of for key, of in experiment.variants.items() if rows.get(key)}
+    variants = {
+        key: {"title": of.title} | combine(rows[key])
+        for key, of in experiment.rows.items()
+        if of is not None and rows.get(key)
+    }
     return {
         "title": experiment.title,
         "command": f"tools/reproduce {name}",
@@ -75,15 +79,20 @@ def record_of(name: str, experiment: Experiment, rows: Rows, settings: Sequence[
         "goal": experiment.goal,
         "poster_on": experiment.poster_on,
         "poster": dict(zip(COLUMNS, experiment.poster, strict=True)) if experiment.poster else None,
+        "baseline": variants["baseline"]["baseline"] if "baseline" in variants else spread([]),
         **combine(rows[""]),
-        "variants": {key: {"title": of.title} | combine(rows[key]) for key, of in variants.items()},
+        "variants": variants,
     }
 
 
 def rows_of(record: Row, experiment: Experiment) -> Rows:
-    """What a JSON has of the recipe and of those variants that the experiment still has. The inverse of `record_of`."""
-    found = {"": record} | {key: row for key, row in record["variants"].items() if key in experiment.variants}
-    return {key: take_apart({k: v for k, v in row.items() if k not in ABOUT}) for key, row in found.items()}
+    """What a JSON has of the rows that the experiment still has. The inverse of `record_of`."""
+    variants = {key: without(row, ("title",)) for key, row in record["variants"].items() if key in experiment.rows}
+    return {key: take_apart(row) for key, row in {"": without(record, DERIVED), **variants}.items()}
+
+
+def without(row: Row, keys: Sequence[str]) -> Row:
+    return {key: value for key, value in row.items() if key not in keys}
 
 
 def as_text(record: Row) -> str:

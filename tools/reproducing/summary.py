@@ -17,18 +17,18 @@ Row = dict[str, Any]
 def row_of(training: Training) -> Row:
     """Of a training that has come to its end. Reads its files, and asks `stl cost`."""
     row: Row = {"trained": training.trained(), "machine": machine()}
-    if training.only_baseline:
-        return row | {"baseline": percent(read_results(training.folder / "baseline")["ensemble"]["accuracy"])}
     run = training.folder
-    results, costs = read_results(run), training.costs()
-    baseline = results["baseline"] or {}
+    results = read_results(run)
+    row["elapsed_s"] = elapsed_s(run / "branches")
+    if training.only_baseline:
+        return row | {"baseline": percent(results["ensemble"]["accuracy"])}
+    costs = training.costs()
     return {
         **row,
         "slices_per_branch": slices_per_branch(run),
         "mean": percent(results["mean"]),
         "highest": percent(results["highest"]),
         "ensemble": percent(results["ensemble"]["accuracy"]),
-        "baseline": percent(baseline["accuracy"]) if "accuracy" in baseline else None,
         "nll": results["ensemble"]["nll"],
         "ece": results["ensemble"]["ece"],
         "chosen": f"{results['weighting']} on {results['space']}",
@@ -41,10 +41,6 @@ def row_of(training: Training) -> Row:
         "costs": {
             "branch": sizes(costs["branches"][0]),
             **{name: sizes(costs[name]) for name in ("all_branches", "baseline") if costs[name]},
-        },
-        "elapsed_s": {
-            "all_branches": elapsed_s(run / "branches"),
-            "baseline": elapsed_s(run / "baseline" / "branches"),
         },
         "n_processes": n_processes(run),
     }

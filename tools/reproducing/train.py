@@ -19,11 +19,11 @@ STL = (sys.executable, "-m", "stl_lightning")
 
 @dataclass(frozen=True)
 class Training:
-    """One run: a variant of an experiment with one seed."""
+    """One run: a row of an experiment with one seed."""
 
     name: str
     experiment: Experiment
-    key: str  # of its variant; "": the recipe itself
+    key: str  # of its row
     seed: int
     root: Path
     extra: tuple[str, ...] = ()  # settings of who calls
@@ -32,11 +32,12 @@ class Training:
 
     @property
     def folder(self) -> Path:
-        return self.root / self.name
+        """Of the run; of a conventional network, its part of one."""
+        return self.root / self.name / ("baseline" if self.only_baseline else "")
 
     @property
     def variant(self) -> Variant | None:
-        return self.experiment.variants[self.key] if self.key else None
+        return self.experiment.rows[self.key]
 
     @property
     def only_baseline(self) -> bool:
@@ -47,13 +48,13 @@ class Training:
         return [*self.experiment.settings, *own, *self.extra]
 
     def commands(self) -> list[list[str]]:
-        """`stl baseline` where there is one to train, `stl run` where there are branches."""
+        """`stl baseline` for a conventional network, `stl run` for branches."""
         own = [f"--seed_everything={self.seed}", f"--run.root={self.root}", f"--run.name={self.name}", *self.where()]
         args = ["--config", str(CHECKOUT / self.experiment.config), *self._common_settings(), *own]
         if self.only_baseline:  # which is a run of one branch
-            return [["baseline", *args], ["ensemble", str(self.folder / "baseline")]]
+            return [["baseline", *args], ["ensemble", str(self.folder)]]
         train = ["run"] if self.n_processes is None else ["launch", f"--local={self.n_processes}"]
-        return ([["baseline", *args]] if self.variant is None else []) + [[*train, *args]]
+        return [[*train, *args]]
 
     def where(self) -> list[str]:
         """The setting that names the images, if they lie elsewhere than the config says."""
@@ -85,7 +86,7 @@ class Training:
         return {"settings": self._common_settings(), "config": digest}
 
 
-Planned = dict[str, list[Training]]  # of the recipe (under "") and of each variant
+Planned = dict[str, list[Training]]  # of each row of an experiment
 
 
 def trainings(
@@ -97,11 +98,11 @@ def trainings(
     data: str | None = None,
     n_processes: int | None = None,
 ) -> Planned:
-    """The runs of an experiment: those of the recipe itself under "", those of each variant under its name."""
+    """The runs of each row of an experiment; the conventional network is trained in the folder of the recipe."""
     found = {}
-    for key, variant in {"": None, **experiment.variants}.items():
+    for key, variant in experiment.rows.items():
         listed = range(variant.seeds if variant and variant.seeds else experiment.seeds)
-        label = f"{name}-{key}" if key else name
+        label = name if key in ("", "baseline") else f"{name}-{key}"
         found[key] = [
             Training(f"{label}-seed{seed}", experiment, key, seed, root, tuple(extra), data, n_processes)
             for seed in (listed if seeds is None else seeds)
