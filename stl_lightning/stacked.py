@@ -125,13 +125,16 @@ def _linear(layer: Any, x: Tensor) -> Tensor:
 
 
 def _batch_norm(layer: Any, x: Tensor) -> Tensor:
-    """Statistics over n, so the features of all branches stand side by side: (s, n, f) as (n, s f)."""
+    """Statistics over n, where the features of all branches stand side by side: (s, n, f) as (1, s f, n).
+
+    In that order they lie in memory behind `_linear`: the inner loops, of the backward pass too, run over n.
+    """
     if layer.training:
         layer.num_batches_tracked.add_(1)
     mean, var, weight, bias = (t.view(-1) for t in (layer.running_mean, layer.running_var, layer.weight, layer.bias))
-    flat = x.transpose(0, 1).flatten(1)
+    flat = x.mT.reshape(1, -1, x.shape[1])
     y = F.batch_norm(flat, mean, var, weight, bias, layer.training, layer.momentum, layer.eps)
-    return y.view(x.shape[1], x.shape[0], -1).transpose(0, 1)
+    return y.view(x.mT.shape).mT
 
 
 def _same(layer: nn.Module, x: Tensor) -> Tensor:
