@@ -40,14 +40,22 @@ def remark(record: Row) -> str:
     took = f"all branches {seconds(record['elapsed_s'])}, the baseline {seconds(baseline['elapsed_s'])}"
     processes = " or ".join(map(str, sorted(set(record["n_processes"]["values"]))))
     machines = " or ".join(sorted(set(record["machine"]["values"])))
-    goal = record["goal"]
-    verdict = "met" if goal and record["ensemble"]["mean"] >= goal else "missed"
     return (
         f"- {record['title']}: `{record['command']}`{extra}; {took} (branches in {processes} process"
         f"{'' if processes == '1' else 'es'}, {machines}, shared); weights chosen: "
         f"{', '.join(record['chosen']['values'])}; NLL {record['nll']['mean']:.4f}, ECE {record['ece']['mean']:.4f}; "
-        f"seeds {', '.join(map(str, record['seeds']))}." + (f" Goal {goal:.1f}: {verdict}." if goal else "")
+        f"seeds {', '.join(map(str, record['seeds']))}.{goal(record)}"
     )
+
+
+def goal(record: Row) -> str:
+    """Whether the ensemble has reached what it was to, and is above the conventional network; empty without a goal."""
+    if not record["goal"]:
+        return ""
+    ours, theirs = record["ensemble"]["mean"], record["baseline"].get("mean")
+    verdict = "met" if ours >= record["goal"] else "missed"
+    above = "" if theirs is None else "; above the baseline of equal cost: " + ("met" if ours > theirs else "missed")
+    return f" Goal {record['goal']:.1f}: {verdict}{above}."
 
 
 def seconds(found: Row) -> str:
