@@ -23,7 +23,8 @@ class Muon(Optimizer):
 
     Args:
         params: Parameters of a network. Those of four dimensions are filters (o, i, h, w), seen as matrices (o, i h w).
-        lr: Length of a step of the filters in proportion to their norm, sqrt(o).
+        lr: Length of a step of the filters over their norm, sqrt(o), where o <= i h w; where there are more filters
+            than numbers in one, the step is shorter by sqrt(i h w / o).
         momentum: Of the filters, with Nesterov's look ahead.
         other_lr: Learning rate of the other parameters as a multiple of `lr`: one schedule serves both.
         other_momentum: Of the other parameters, with Nesterov's look ahead.

@@ -73,6 +73,21 @@ def test_bad_input_is_refused_before_any_training(case: str, tmp_path: Path, cap
     assert not (tmp_path / "runs").exists()
 
 
+TYPOS = {
+    "data: {sorce: digits}": "did you mean data.source in place of data.sorce?",
+    "modle: {channels_last: true}": "did you mean model.channels_last in place of modle.channels_last?",
+    "model: {network: {class_path: stl_lightning.networks.MLP, init_args: {dept: 3}}}": "did you mean depth in",
+}
+
+
+@pytest.mark.parametrize("text", TYPOS)
+def test_a_typo_in_a_file_is_answered_with_what_was_meant(text: str, tmp_path: Path, capfd: Capture) -> None:
+    file = tmp_path / "typo.yaml"
+    file.write_text(text)
+    assert stl("run", tmp_path / "runs", config=str(file)) == 2
+    assert TYPOS[text] in capfd.readouterr().err
+
+
 def test_more_ranks_than_branches(tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = {"TORCHELASTIC_RUN_ID": "x", "RANK": "4", "WORLD_SIZE": "5", "LOCAL_RANK": "4"}
     for name, value in ranks.items():

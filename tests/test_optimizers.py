@@ -26,18 +26,21 @@ def test_directions_are_those_of_the_singular_vectors(shape: tuple[int, int]) ->
     assert found.dtype == torch.float32
 
 
-def test_a_gradient_of_zeros_moves_nothing() -> None:
+def test_zeros_have_no_direction() -> None:
     assert orthogonalise(torch.zeros(4, 9)).eq(0).all()
 
 
-def test_filters_keep_their_norm_and_move_by_the_rate() -> None:
-    conv = nn.Conv2d(6, 16, 3, bias=False)
+@pytest.mark.parametrize(("n_filters", "share"), [(16, 1.0), (216, 0.5)])
+def test_filters_keep_their_norm_and_move_by_the_rate(n_filters: int, share: float) -> None:
+    """More filters than the 6 x 3 x 3 numbers in one cannot all be orthogonal: four times as many move half as far."""
+    conv = nn.Conv2d(6, n_filters, 3, bias=False)
     step(conv, Muon(conv.parameters(), lr=0.0))
-    assert conv.weight.norm().item() == pytest.approx(4.0)  # sqrt(16)
+    assert conv.weight.norm().item() == pytest.approx(n_filters**0.5)
     before = conv.weight.detach().clone()
     step(conv, Muon(conv.parameters(), lr=0.1, momentum=0.0))
-    assert (conv.weight - before).norm().item() / 4 == pytest.approx(0.1, rel=0.3)
-    assert ((conv.weight - before) * conv.weight.grad).sum() < 0  # downhill
+    moved = conv.weight - before
+    assert moved.norm().item() / n_filters**0.5 == pytest.approx(0.1 * share, rel=0.3)
+    assert (moved * conv.weight.grad).sum() < 0  # downhill
 
 
 def test_other_parameters_step_as_with_sgd() -> None:
@@ -83,8 +86,8 @@ def test_numbers_out_of_range_name_the_setting(wrong: dict[str, float]) -> None:
 
 
 def step(network: nn.Module, optimizer: Any, seed: int = 0, channels: int = 6) -> None:
-    x = torch.randn(7, channels, 4, 4, generator=torch.Generator().manual_seed(seed))
-    x = x.view(28, 24) if isinstance(network, nn.Sequential) and isinstance(network[0], nn.Flatten) else x
+    x = torch.randn(30, channels, 4, 4, generator=torch.Generator().manual_seed(seed))
+    x = x.view(120, 24) if isinstance(network, nn.Sequential) and isinstance(network[0], nn.Flatten) else x
     optimizer.zero_grad()
     loss: Tensor = network(x).square().sum()
     loss.backward()

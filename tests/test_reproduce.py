@@ -1,9 +1,13 @@
 """`tools/reproduce`: its JSON from the logits that a run keeps, its tables from the JSON, what it leaves alone."""
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -14,9 +18,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reproducing import curve, readme
-from reproducing.experiments import EXPERIMENTS, Experiment
-from reproducing.records import gather, keep, pick, read_rows, record_of, rows_of, spread
-from reproducing.train import Planned, Training, trainings
+from reproducing.experiments import EXPERIMENTS, Experiment, reads, shorter
+from reproducing.records import combine, gather, keep, pick, read_rows, record_of, rows_of, spread, take_apart
+from reproducing.train import Planned, Training, call, trainings
 
 from stl_lightning.cli.cost import planned_costs
 
@@ -51,19 +55,26 @@ def test_the_rows_of_seeds_can_be_taken_out_again(rows: list[dict[str, Any]]) ->
         assert pick(gathered, i) == missing | row
 
 
+def test_what_seeds_have_in_common_must_be_the_same() -> None:
+    rows = {seed: {"trained": {"config": "a"}, "costs": {"n": 3}, "mean": float(seed)} for seed in (2, 0)}
+    assert take_apart(combine(rows)) == rows
+    rows[0]["costs"] = {"n": 4}
+    with pytest.raises(ValueError, match=r"costs of seeds \[0\] differs from that of seed 2"):
+        combine(rows)
+
+
 @pytest.mark.parametrize("name", RECORDS)
 def test_the_json_is_that_of_its_seeds(name: str) -> None:
     """Taken apart into single seeds and put together, it is the same to the last number; so none is typed."""
     record = json.loads((RESULTS / f"{name}.json").read_text())
-    rows = rows_of(record, EXPERIMENTS[name])
+    rows = rows_of(record)
     assert record_of(name, EXPERIMENTS[name], rows, record["settings"]) == record
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_what_is_recorded_is_of_the_settings_of_today(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    planned = trainings(name, EXPERIMENTS[name], Path("/nowhere"), None, [])
-    read_rows(RESULTS / f"{name}.json", EXPERIMENTS[name], planned)
-    assert capsys.readouterr().err == ""
+def test_what_is_recorded_is_of_the_settings_of_today(name: str) -> None:
+    _, others = read_rows(RESULTS / f"{name}.json", trainings(name, EXPERIMENTS[name], Path("/nowhere")))
+    assert not others
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -94,7 +105,7 @@ def test_every_run_has_a_name_and_a_place_of_its_own(tmp_path: Path) -> None:
     runs = [
         run
         for name, experiment in EXPERIMENTS.items()
-        for of in trainings(name, experiment, tmp_path, None, []).values()
+        for of in trainings(name, experiment, tmp_path).values()
         for run in of
     ]
     assert len({run.folder for run in runs}) == len(runs)
@@ -103,62 +114,148 @@ def test_every_run_has_a_name_and_a_place_of_its_own(tmp_path: Path) -> None:
 
 def test_the_images_of_an_experiment_lie_in_its_folder(tmp_path: Path) -> None:
     experiment = Experiment("Photographs", "photos", "configs/imagenet.yaml", seeds=1, folder="pictures")
-    planned = trainings("photos", experiment, tmp_path, None, [], "/data", n_processes=2)
-    (run,), baselines = planned[""], planned["baseline"]
-    (branches,) = run.commands()
-    baseline, scored = baselines[0].commands()
-    assert "--data.root=/data/pictures" in baseline
-    assert branches[:2] == ["launch", "--local=2"]
-    assert branches[2:] == baseline[1:]  # also its name: one run
-    assert scored == ["ensemble", str(tmp_path / "photos-seed0" / "baseline")]
+    planned = trainings("photos", experiment, tmp_path, data=Path("/data"), n_processes=2)
+    (run,), (baseline,) = planned["recipe"], planned["baseline"]
+    for training in (run, baseline):
+        train, score = training.commands()
+        assert "--data.root=/data/pictures" in train
+        assert score == ["ensemble", str(training.folder), "--data.root=/data/pictures"]
+    assert run.commands()[0][:2] == ["launch", "--local=2"]
+    assert baseline.folder == run.folder / "baseline"
 
 
-def test_the_curve_has_a_point_for_each_number_of_slices(tmp_path: Path) -> None:
-    """The recipe's own number is that of the recipe, unless a variant of the same length of training has it."""
-    record = {"slices_per_branch": 2, "name": "recipe", "variants": {"reads-4": {"name": "4"}, "random": {}}}
-    assert {r: row["name"] for r, row in curve.points(record).items()} == {2: "recipe", 4: "4"}
-    record["variants"] = {"reads-4": {"name": "4"}, "reads-2": {"name": "short"}, "reads-1": {"name": "1"}}
-    assert list(curve.points(record).items()) == [(1, {"name": "1"}), (2, {"name": "short"}), (4, {"name": "4"})]
+def test_a_run_is_scored_with_the_ensemble_of_today(tmp_path: Path) -> None:
+    planned = trainings("c", EXPERIMENTS["cifar10-best"], tmp_path, None, ["--ensemble.space=prob"], n_processes=2)
+    assert planned["recipe"][0].commands()[-1][2:] == ["--ensemble.flips=true", "--ensemble.space=prob"]
+
+
+READS = Experiment("Somewhere", "digits", "configs/digits.yaml", seeds=1, variants=reads(1, 1, 4))
+SHORT = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, variants=reads(1, 1, 2) | shorter(1, (), ""))
+
+
+def test_the_curve_is_of_trainings_of_one_length() -> None:
+    """The recipe and its baseline are in it unless a variant, and so a shorter training, has its number of slices."""
+    record: dict[str, Any] = {"slices_per_branch": 2, "name": "recipe", "variants": {"reads-4": {"name": "4"}}}
+    record["variants"] |= {"baseline": {"baseline": "long"}, "random": {}}
+    assert {r: row["name"] for r, row in curve.points(record, READS).items()} == {2: "recipe", 4: "4"}
+    assert {r: row["name"] for r, row in curve.points(record, SHORT).items()} == {4: "4"}
+    assert curve.conventional(record, READS) == "long"
+    assert curve.conventional(record, SHORT) == {"n": 0}
+    record["variants"] |= {"reads-2": {"name": "2"}, "baseline-short": {"baseline": "short"}}
+    assert {r: row["name"] for r, row in curve.points(record, SHORT).items()} == {2: "2", 4: "4"}
+    assert curve.conventional(record, SHORT) == "short"
 
 
 def test_the_curve_is_drawn_from_the_json(tmp_path: Path) -> None:
-    row = {name: spread([90.0 + i]) for i, name in enumerate(("mean", "highest", "ensemble", "baseline"))}
+    row = {name: spread([90.0 + i]) for i, name in enumerate(("mean", "highest", "ensemble"))}
     row["costs"] = {"branch": {"bytes_read_epoch": 2e6}, "all_branches": {"multiply_adds": 3_000_000}}
     record = {"title": "Somewhere", "slices_per_branch": 1, **row, "variants": {}}
-    curve.draw(record, tmp_path / "new" / "slices")
+    curve.draw(record, SHORT, tmp_path / "new" / "slices")
     assert not list(tmp_path.iterdir())  # of one point there is no curve
-    curve.draw(record | {"variants": {"reads-2": row}}, tmp_path / "new" / "slices")
+    record["variants"] = {"reads-1": row, "reads-2": row, "baseline-short": {"baseline": spread([90.0])}}
+    curve.draw(record, SHORT, tmp_path / "new" / "slices")
     assert {path.suffix for path in (tmp_path / "new").iterdir()} == {".png", ".svg"}
     assert "Somewhere" in (tmp_path / "new" / "slices.svg").read_text()
 
 
-def test_seeds_of_several_calls_come_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_seeds_of_a_row_are_counted_where_they_differ() -> None:
+    record = RECORDS["digits"] | {"goal": 97.0, "baseline": spread([95.0])}
+    assert "| 3 | " in readme.results({"digits": record})
+    assert "| 95.00 (n = 1) |" in readme.results({"digits": record})
+    ours = dict(zip(record["seeds"], record["ensemble"]["values"], strict=True))
+    record["variants"] = {"baseline": {"seeds": [2], "baseline": spread([ours[2] - 1])}}
+    assert readme.goal(record) == " Goal 97.0: met; above the baseline of equal cost: met (+1.00)."
+    record["variants"] = {"baseline": {"seeds": [7], "baseline": spread([99.0])}}
+    assert readme.goal(record) == " Goal 97.0: met."
+
+
+def test_seeds_of_several_calls_come_together(tmp_path: Path) -> None:
     file = tmp_path / "new" / "digits.json"
-    _keep(file, "identity", 0, 5.0)
-    assert "recorded when the recipe itself" in capsys.readouterr().err
-    for key, seed, value in (("", 1, 20.0), ("", 0, 10.0), ("identity", 1, 6.0), ("baseline", 1, 7.0), ("", 1, 30.0)):
+    rows = (("identity", 1, 6.0), ("recipe", 1, 20.0), ("recipe", 0, 10.0), ("baseline", 1, 7.0), ("recipe", 1, 30.0))
+    for key, seed, value in rows:
         _keep(file, key, seed, value)
     record = json.loads(file.read_text())
     assert (record["seeds"], record["ensemble"]["mean"], record["ensemble"]["values"]) == ([0, 1], 20.0, [10.0, 30.0])
-    assert record["baseline"] == record["variants"]["baseline"]["baseline"] == spread([7.0])
     assert record["variants"]["identity"]["ensemble"]["values"] == [6.0]
-    assert [path.name for path in file.parent.iterdir()] == ["digits.json"]
+    assert record["baseline"] == record["variants"]["baseline"]["baseline"] == spread([7.0])
 
 
-def test_what_was_trained_otherwise_does_not_count_and_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_processes_that_add_rows_at_once_lose_none(tmp_path: Path) -> None:
+    file, seeds = tmp_path / "digits.json", range(24)
+    with ProcessPoolExecutor(8, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_keep, repeat(file), repeat("recipe"), seeds, map(float, seeds)))
+    assert json.loads(file.read_text())["ensemble"]["values"] == [float(seed) for seed in seeds]
+
+
+def test_what_was_trained_otherwise_is_named_and_stays(tmp_path: Path) -> None:
     file = tmp_path / "digits.json"
-    _keep(file, "", 0, 10.0)
-    other = _planned("--trainer.max_epochs=1")
-    assert read_rows(file, EXPERIMENTS["digits"], _planned()) == {"": {0: _row(_planned()[""][0], 10.0)}}
-    assert capsys.readouterr().err == ""
-    assert not read_rows(file, EXPERIMENTS["digits"], other)[""]
-    assert "digits, seed 0: was recorded with other settings" in capsys.readouterr().err
+    _keep(file, "recipe", 0, 10.0)
+    assert read_rows(file, _planned()) == ({"recipe": {0: _row(_planned()["recipe"][0], 10.0)}}, [])
+    before, other = file.read_bytes(), _planned("--trainer.max_epochs=1")
+    training = other["recipe"][1]
+    with pytest.raises(SystemExit, match="recipe, seed 0: other settings\nexpected --out"):
+        keep(file, training, _row(training, 1.0), other)
+    assert file.read_bytes() == before
+    keep(file, training, _row(training, 1.0), other, replace=True)
+    assert json.loads(file.read_text())["seeds"] == [1]
+
+
+def test_a_row_that_no_experiment_has_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "digits.json"
+    _keep(file, "identity", 0, 10.0)
+    fewer = {key: runs for key, runs in _planned().items() if key != "identity"}
+    assert read_rows(file, fewer) == ({"recipe": {}}, ["identity: no row of the experiment any more"])
+
+
+BAD = {
+    "a row": (["--rows=recipe,identiy"], "--rows: expected some of recipe, baseline, identity"),
+    "seeds": (["--seeds=4-3"], "expected a number of seeds, or the first and the last, as 3-4; got 4-3"),
+    "a setting": (["--trainer.max_epochs", "3"], "settings for `stl` as --key=value; got --trainer.max_epochs"),
+    "a misplaced name": (["--seeds", "1", "mnist"], "expected names first"),
+    "data": (["--data=/nowhere"], "--data: expected the images of digits in /nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_before_any_training(case: str, tmp_path: Path) -> None:
+    args, said = BAD[case]
+    command = [sys.executable, CHECKOUT / "tools" / "reproduce", "digits", f"--out={tmp_path}", *args]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
+    assert done.returncode
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+SLOW_TO_LEAVE = """
+import signal, sys, time
+signal.signal(signal.{name}, lambda *_: (time.sleep(1), sys.exit(75)))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("name", "to_group"), [("SIGINT", True), ("SIGTERM", False)])
+def test_a_training_that_is_interrupted_has_time_to_save(name: str, to_group: bool) -> None:
+    """Ctrl-C reaches both processes, a plain kill only the one that waits."""
+    command = [sys.executable, "-c", SLOW_TO_LEAVE.format(name=name)]
+    code = f"import sys; from reproducing.train import call; sys.exit(call({command!r}))"
+    environment = os.environ | {"PYTHONPATH": f"{CHECKOUT / 'tools'}:{CHECKOUT}"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True, env=environment
+    ) as waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == b"ready\n"
+        number = getattr(signal, name)
+        os.killpg(waiting.pid, number) if to_group else os.kill(waiting.pid, number)
+        assert waiting.wait(30) == 75
+
+
+def test_the_code_of_a_command_is_handed_on() -> None:
+    assert call([sys.executable, "-c", "raise SystemExit(3)"]) == 3
 
 
 def _planned(*settings: str) -> Planned:
-    return trainings("digits", EXPERIMENTS["digits"], Path("/nowhere"), None, settings)
+    return trainings("digits", EXPERIMENTS["digits"], Path("/nowhere"), range(24), settings)
 
 
 def _row(training: Training, value: float) -> dict[str, Any]:
@@ -180,10 +277,12 @@ def test_the_json_follows_from_the_logits_that_are_kept(tmp_path: Path) -> None:
     assert first["mean"]["mean"] == pytest.approx(sum(correct) / 4, abs=1e-3)
     results = json.loads((tmp_path / "runs" / "digits-seed0" / "ensemble" / "results.json").read_text())
     assert first["highest"]["mean"] == pytest.approx(correct[results["highest_branch"]], abs=1e-3)
-    uniform = torch.stack(logits).log_softmax(-1).mean(0)
-    accuracy = 100 * (uniform.argmax(-1) == labels).double().mean().item()
     (row,) = [row for row in results["weightings"] if row["weighting"] == "uniform"]
-    assert row["space"] != "log_prob" or 100 * row["test"]["accuracy"] == pytest.approx(accuracy, abs=1e-3)
+    outputs = torch.stack(logits).double()
+    spaces = {"logits": outputs, "log_prob": outputs.log_softmax(-1), "prob": outputs.softmax(-1)}
+    uniform = spaces[row["space"]].mean(0)
+    accuracy = 100 * (uniform.argmax(-1) == labels).double().mean().item()
+    assert first["weightings"]["uniform"]["accuracy"]["values"] == [pytest.approx(accuracy, abs=1e-3)]
 
     best = tmp_path / "runs" / "digits-seed0" / "branches" / "00" / "best.ckpt"
     trained_at = best.stat().st_mtime_ns
@@ -195,7 +294,7 @@ def test_the_json_follows_from_the_logits_that_are_kept(tmp_path: Path) -> None:
 def reproduce(folder: Path) -> dict[str, Any]:
     """The recipe of the digits alone, with one seed and few epochs."""
     places = [f"--runs={folder}/runs", f"--out={folder}/out"]
-    few = ["--variants=", "--seeds=1", "--trainer.max_epochs=3"]
+    few = ["--rows=recipe", "--seeds=1", "--trainer.max_epochs=3"]
     command = [sys.executable, CHECKOUT / "tools" / "reproduce", "digits", *places, *few]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
     found: dict[str, Any] = json.loads((folder / "out" / "digits.json").read_text())

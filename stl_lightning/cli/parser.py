@@ -9,7 +9,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 # What jsonargparse says of settings that it does not know: on the command line, and in a file.
 UNRECOGNIZED = re.compile(r"unrecognized arguments: (.*)", re.DOTALL)
-NOT_ACCEPTED = re.compile(r"Group '([\w.]+)' does not accept option '(\w+)'")
+OF_GROUP = re.compile(r"Group '([\w.]+)' does not accept option '(\w+)'")
+NOT_ACCEPTED = re.compile(r"Option '([\w.]+)' is not accepted")
 
 
 class SettingsParser(LightningArgumentParser):
@@ -20,7 +21,7 @@ class SettingsParser(LightningArgumentParser):
 
 def suggestions(message: str, known: Iterable[str]) -> list[str]:
     """For each setting that an error calls unknown, the known one that is spelt most like it, if any is."""
-    names = [".".join(found) for found in NOT_ACCEPTED.findall(message)]
+    names = [".".join(found) for found in OF_GROUP.findall(message)] + NOT_ACCEPTED.findall(message)
     if matched := UNRECOGNIZED.search(message):
         names += re.findall(r"--([\w.]+)", matched[1])
     close = {name: get_close_matches(name, known, n=1, cutoff=0.8) for name in names}

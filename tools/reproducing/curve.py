@@ -1,10 +1,12 @@
 """Accuracy against the slices that a branch reads, drawn from an experiment's JSON."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reproducing.experiments import Experiment
 from stl_lightning.report.looks import BASELINE, BLUE, DPI, GREEN, ORANGE, STYLE
 
 Row = Mapping[str, Any]
@@ -12,21 +14,29 @@ Row = Mapping[str, Any]
 LINES = {"ensemble": ("ensemble", GREEN), "highest": ("highest branch", BLUE), "mean": ("mean branch", ORANGE)}
 
 
-def points(record: Row) -> dict[int, Row]:
-    """By number of slices, in order: the variants called `reads-R`, and the recipe itself where none has its R."""
-    found = {record["slices_per_branch"]: record}
+def points(record: Row, experiment: Experiment) -> dict[int, Row]:
+    """By number of slices, in order: the variants called `reads-R`, and the recipe if it is trained as long as they."""
+    own = record["slices_per_branch"]
+    found = {} if f"reads-{own}" in experiment.rows else {own: record}
     for key, row in record["variants"].items():
         if matched := re.fullmatch(r"reads-(\d+)", key):
             found[int(matched[1])] = row
     return dict(sorted(found.items()))
 
 
-def draw(record: Row, stem: Path) -> None:
+def conventional(record: Row, experiment: Experiment) -> Row:
+    """The accuracy of the conventional network that is trained as long as the points of the curve, if it is there."""
+    key = "baseline-short" if "baseline-short" in experiment.rows else "baseline"
+    found: Row = record["variants"].get(key, {"baseline": {"n": 0}})["baseline"]
+    return found
+
+
+def draw(record: Row, experiment: Experiment, stem: Path) -> None:
     """Writes STEM.png and STEM.svg; nothing if there is one point only. Percent of the test images, over the seeds."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    rows = points(record)
+    rows = points(record, experiment)
     if len(rows) < 2:
         return
     with matplotlib.rc_context(STYLE):
@@ -34,10 +44,12 @@ def draw(record: Row, stem: Path) -> None:
         axis = figure.subplots()
         places = range(len(rows))
         for column, (label, colour) in LINES.items():
-            means = [row[column]["mean"] for row in rows.values()]
-            spread = [row[column]["std"] for row in rows.values()]
-            axis.errorbar(places, means, spread, label=label, color=colour, marker="o", capsize=3)
-        baseline = record["variants"].get("unsplit", record)["baseline"]
+            found = [row[column] for row in rows.values()]
+            spread = [of["std"] if of["n"] > 1 else math.nan for of in found]
+            axis.errorbar(
+                places, [of["mean"] for of in found], spread, label=label, color=colour, marker="o", capsize=3
+            )
+        baseline = conventional(record, experiment)
         if baseline["n"]:
             axis.axhline(baseline["mean"], label="conventional network", **BASELINE)
         axis.set_xticks(places, [tick(r, row) for r, row in rows.items()])

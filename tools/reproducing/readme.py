@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from reproducing.experiments import COLUMNS, EXPERIMENTS
@@ -11,9 +12,10 @@ Row = Mapping[str, Any]
 
 
 def read_records(folder: Path) -> dict[str, Row]:
-    """Those experiments that have been carried out, in the order of the table."""
+    """Those experiments whose recipe has been carried out, in the order of the table."""
     files = {name: folder / f"{name}.json" for name in EXPERIMENTS}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    return {name: record for name, record in found.items() if record["seeds"]}
 
 
 def results(records: Mapping[str, Row]) -> str:
@@ -26,8 +28,12 @@ def results(records: Mapping[str, Row]) -> str:
             rows.append([f"{record['title']}: the poster{data}", "", *cells, ""])
         sizes = record["costs"]
         of = [f"{sizes[part]['n_parameters']:,}" for part in ("branch", "baseline") if part in sizes]
-        cells = [percent(record[column]) for column in COLUMNS]
-        rows.append([f"{record['title']}: measured", str(record["ensemble"]["n"]), *cells, " / ".join(of)])
+        n = record["ensemble"]["n"]
+        others = {column: record[column]["n"] for column in COLUMNS if record[column]["n"] not in (0, n)}
+        cells = [
+            percent(record[column]) + (f" (n = {others[column]})" if column in others else "") for column in COLUMNS
+        ]
+        rows.append([f"{record['title']}: measured", str(n), *cells, " / ".join(of)])
     head = ["", "n", "Mean", "Highest", "Ens.", "Baseline", "parameters: a branch / baseline"]
     first = "Test accuracy in percent, mean ± standard deviation over n seeds; every choice on the validation split."
     return "\n".join([first, "", *table(head, rows), "", *map(remark, records.values()), ""])
@@ -49,13 +55,27 @@ def remark(record: Row) -> str:
 
 
 def goal(record: Row) -> str:
-    """Whether the ensemble has reached what it was to, and is above the conventional network; empty without a goal."""
+    """Whether the ensemble has reached what it was to, and is above the conventional network; empty without a goal.
+
+    The two are compared over the seeds that both have.
+    """
     if not record["goal"]:
         return ""
-    ours, theirs = record["ensemble"]["mean"], record["baseline"].get("mean")
-    verdict = "met" if ours >= record["goal"] else "missed"
-    above = "" if theirs is None else "; above the baseline of equal cost: " + ("met" if ours > theirs else "missed")
-    return f" Goal {record['goal']:.1f}: {verdict}{above}."
+    verdict = "met" if record["ensemble"]["mean"] >= record["goal"] else "missed"
+    return f" Goal {record['goal']:.1f}: {verdict}{above(record)}."
+
+
+def above(record: Row) -> str:
+    baseline = record["variants"].get("baseline", {"seeds": []})
+    ours, theirs = (
+        dict(zip(row["seeds"], row[column]["values"], strict=True)) if row["seeds"] else {}
+        for row, column in ((record, "ensemble"), (baseline, "baseline"))
+    )
+    common = ours.keys() & theirs.keys()
+    if not common:
+        return ""
+    lead = fmean(ours[seed] - theirs[seed] for seed in common)
+    return f"; above the baseline of equal cost: {'met' if lead > 0 else 'missed'} ({lead:+.2f})"
 
 
 def seconds(found: Row) -> str:

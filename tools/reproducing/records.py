@@ -1,21 +1,20 @@
-"""The JSON of an experiment: a row for the recipe and each of its variants, put together from those of single seeds.
+"""The JSON of an experiment: its rows, each put together from those of single seeds.
 
 A number of a row is kept as its mean, its spread and the value of every seed. So a row can be taken apart again, and
 seeds that were trained on different days, or on different machines, come together in one file.
 """
 
-import fcntl
 import json
-import os
 import re
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reproducing.experiments import COLUMNS, Experiment
+from filelock import FileLock
+
+from reproducing.experiments import COLUMNS, RECIPE, Experiment
 from reproducing.train import Planned, Training
 
 DIGITS = 5  # of a number, behind the point
@@ -51,11 +50,18 @@ def spread(values: Sequence[Any]) -> Row:
 
 
 def combine(seeds: Mapping[int, Row]) -> Row:
-    """The row of an experiment's JSON. The inverse is `take_apart`."""
+    """The row of an experiment's JSON. The inverse is `take_apart`.
+
+    Raises: ValueError if the seeds differ in what they are to have in common.
+    """
     order = sorted(seeds)
-    shared = {key: seeds[order[-1]][key] for key in SHARED if key in seeds[order[-1]]}
-    own = [without(seeds[seed], SHARED) for seed in order]
-    return {**shared, "seeds": order, **gather(own)}
+    rows = [seeds[seed] for seed in order]
+    shared = {key: value for row in rows for key, value in row.items() if key in SHARED}
+    for key, value in shared.items():
+        differing = [seed for seed, row in zip(order, rows, strict=True) if row.get(key) != value]
+        if differing:
+            raise ValueError(f"{key} of seeds {differing} differs from that of seed {order[-1]}: {value}")
+    return {**shared, "seeds": order, **(gather([without(row, SHARED) for row in rows]) if rows else {})}
 
 
 def take_apart(row: Row) -> dict[int, Row]:
@@ -65,12 +71,16 @@ def take_apart(row: Row) -> dict[int, Row]:
     return {seed: shared | pick(own, i) for i, seed in enumerate(row["seeds"])}
 
 
+def without(row: Row, keys: Sequence[str]) -> Row:
+    return {key: value for key, value in row.items() if key not in keys}
+
+
 def record_of(name: str, experiment: Experiment, rows: Rows, settings: Sequence[str]) -> Row:
-    """The JSON of an experiment."""
+    """The JSON of an experiment. The inverse is `rows_of`."""
     variants = {
-        key: {"title": of.title} | combine(rows[key])
-        for key, of in experiment.rows.items()
-        if of is not None and rows.get(key)
+        key: {"title": variant.title} | combine(rows[key])
+        for key, variant in experiment.rows.items()
+        if variant is not None and rows.get(key)
     }
     return {
         "title": experiment.title,
@@ -80,19 +90,15 @@ def record_of(name: str, experiment: Experiment, rows: Rows, settings: Sequence[
         "poster_on": experiment.poster_on,
         "poster": dict(zip(COLUMNS, experiment.poster, strict=True)) if experiment.poster else None,
         "baseline": variants["baseline"]["baseline"] if "baseline" in variants else spread([]),
-        **combine(rows[""]),
+        **combine(rows.get(RECIPE, {})),
         "variants": variants,
     }
 
 
-def rows_of(record: Row, experiment: Experiment) -> Rows:
-    """What a JSON has of the rows that the experiment still has. The inverse of `record_of`."""
-    variants = {key: without(row, ("title",)) for key, row in record["variants"].items() if key in experiment.rows}
-    return {key: take_apart(row) for key, row in {"": without(record, DERIVED), **variants}.items()}
-
-
-def without(row: Row, keys: Sequence[str]) -> Row:
-    return {key: value for key, value in row.items() if key not in keys}
+def rows_of(record: Row) -> Rows:
+    """The rows of a JSON. The inverse of `record_of`."""
+    variants = {key: take_apart(without(row, ("title",))) for key, row in record["variants"].items()}
+    return {RECIPE: take_apart(without(record, DERIVED)), **variants}
 
 
 def as_text(record: Row) -> str:
@@ -101,41 +107,43 @@ def as_text(record: Row) -> str:
     return of_number.sub(lambda found: " ".join(found[0].split()), json.dumps(record, indent=2)) + "\n"
 
 
-def read_rows(file: Path, experiment: Experiment, planned: Planned) -> Rows:
-    """What was recorded with the settings and the config of today; says what was recorded with others."""
-    if not file.exists():
-        return {}
-    rows = rows_of(json.loads(file.read_text()), experiment)
+def read_rows(file: Path, planned: Planned) -> tuple[Rows, list[str]]:
+    """What was recorded as it would be trained today; and for each row that was not, in words, what differs."""
+    rows = rows_of(json.loads(file.read_text())) if file.exists() else {}
+    others = [f"{key}: no row of the experiment any more" for key in rows if key not in planned]
+    rows = {key: seeds for key, seeds in rows.items() if key in planned}
     for key, seeds in rows.items():
         of_today = planned[key][0].trained()
         for seed in [seed for seed, row in seeds.items() if row["trained"] != of_today]:
             was = seeds.pop(seed)["trained"]
-            what = " and ".join(f"other {part}" for part in of_today if was[part] != of_today[part])
-            label = f"{file.stem}, {key}" if key else file.stem
-            print(f"{label}, seed {seed}: was recorded with {what}; it does not count", file=sys.stderr)
+            others.append(f"{key}, seed {seed}: other {' and '.join(k for k in of_today if was[k] != of_today[k])}")
+    return rows, others
+
+
+def check_rows(file: Path, planned: Planned, replace: bool) -> Rows:
+    """What was recorded as it would be trained today, if nothing else was, or it may be replaced.
+
+    Raises: SystemExit that names what else was recorded.
+    """
+    rows, others = read_rows(file, planned)
+    if others and not replace:
+        listed = "\n  ".join(others)
+        sys.exit(
+            f"{file} has rows that were trained in another way than they would be now:\n  {listed}\n"
+            "expected --out to name another folder, or --replace to drop them"
+        )
     return rows
 
 
-def keep(file: Path, training: Training, row: Row, planned: Planned) -> None:
-    """Add what one training gave to the JSON; other processes may do so at the same time."""
-    with locked(file.parent):
-        rows = read_rows(file, training.experiment, planned)
+def keep(file: Path, training: Training, row: Row, planned: Planned, replace: bool = False) -> None:
+    """Add what one training gave to the JSON; other processes may do so at the same time.
+
+    Raises: SystemExit as `check_rows`, before anything is written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        rows = check_rows(file, planned, replace)
         rows.setdefault(training.key, {})[training.seed] = row
-        if not rows.get(""):
-            print(f"{file.stem}: {training.name} is recorded when the recipe itself has been trained", file=sys.stderr)
-            return
         temporary = file.with_name(f".{file.name}.part")
         temporary.write_text(as_text(record_of(file.stem, training.experiment, rows, training.extra)))
         temporary.replace(file)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time changes the files of a folder, which is made if it is not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

@@ -1,22 +1,21 @@
 """What one training gave, a row for the JSON of its experiment: accuracies in percent, costs, what was chosen."""
 
 import json
-import os
-import platform
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import machine, versions
+
 from reproducing.train import Training
 
-SIZES = ("n_parameters", "weight_bytes", "multiply_adds", "activation_bytes", "bytes_read_epoch", "bytes_sent")
+SIZES = ("n_parameters", "weight_bytes", "multiply_adds", "activation_bytes", "bytes_read_epoch")
 Row = dict[str, Any]
 
 
 def row_of(training: Training) -> Row:
     """Of a training that has come to its end. Reads its files, and asks `stl cost`."""
-    row: Row = {"trained": training.trained(), "machine": machine()}
+    row: Row = {"trained": training.trained(), "machine": where_trained()}
     run = training.folder
     results = read_results(run)
     row["elapsed_s"] = elapsed_s(run / "branches")
@@ -42,6 +41,7 @@ def row_of(training: Training) -> Row:
             "branch": sizes(costs["branches"][0]),
             **{name: sizes(costs[name]) for name in ("all_branches", "baseline") if costs[name]},
         },
+        "bytes_sent": costs["all_branches"]["bytes_sent"],
         "n_processes": n_processes(run),
     }
 
@@ -84,8 +84,7 @@ def slices_per_branch(run: Path) -> int:
     return len(settings["common_slices"] or []) or int(settings["slices_per_branch"])
 
 
-def machine() -> str:
-    cpus = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpus.read_text()) if cpus.exists() else None
-    processor = found[1] if found else platform.processor()
-    return f"{os.cpu_count()} cores of {processor}, Python {platform.python_version()}"
+def where_trained() -> str:
+    here, of = machine(), versions()
+    hardware = here["gpu"] or f"{here['cores']} cores of {here['cpu']}"
+    return f"{hardware}, Python {of['python']}, torch {of['torch']}"

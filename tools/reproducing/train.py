@@ -1,7 +1,8 @@
-"""Train what an experiment asks for, a run a seed and variant, with the command that a user types."""
+"""Train what an experiment asks for, a run a seed and row, with the commands that a user types."""
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from reproducing.experiments import Experiment, Variant
+from reproducing.experiments import RECIPE, Experiment
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 STL = (sys.executable, "-m", "stl_lightning")
@@ -19,15 +20,16 @@ STL = (sys.executable, "-m", "stl_lightning")
 
 @dataclass(frozen=True)
 class Training:
-    """One run: a row of an experiment with one seed."""
+    """A row of an experiment with one seed. What it is trained with is read when it is planned."""
 
-    name: str
+    name: str  # of the run
     experiment: Experiment
     key: str  # of its row
     seed: int
     root: Path
-    extra: tuple[str, ...] = ()  # settings of who calls
-    data: str | None = None  # folder of the data sets
+    config: dict[str, Any]
+    extra: tuple[str, ...] = ()  # settings of who calls, as --key=value
+    data: Path | None = None  # folder of the data sets
     n_processes: int | None = None  # that train the branches; None: one for all, which stacks them where it can
 
     @property
@@ -36,54 +38,69 @@ class Training:
         return self.root / self.name / ("baseline" if self.only_baseline else "")
 
     @property
-    def variant(self) -> Variant | None:
-        return self.experiment.rows[self.key]
-
-    @property
     def only_baseline(self) -> bool:
-        return self.variant is not None and self.variant.only_baseline
+        variant = self.experiment.rows[self.key]
+        return variant is not None and variant.only_baseline
 
-    def _common_settings(self) -> list[str]:
-        own = self.variant.settings if self.variant else ()
-        return [*self.experiment.settings, *own, *self.extra]
+    def settings(self) -> list[str]:
+        """All but the seed that is set beside the config."""
+        variant = self.experiment.rows[self.key]
+        return [*self.experiment.settings, *(variant.settings if variant else ()), *self.extra]
+
+    def trained(self) -> dict[str, Any]:
+        """With what it is trained, but for the seed: two that agree in it are of one row."""
+        text = json.dumps(self.config, sort_keys=True)
+        return {"settings": self.settings(), "config": hashlib.sha256(text.encode()).hexdigest()}
 
     def commands(self) -> list[list[str]]:
-        """`stl baseline` for a conventional network, `stl run` for branches."""
-        own = [f"--seed_everything={self.seed}", f"--run.root={self.root}", f"--run.name={self.name}", *self.where()]
-        args = ["--config", str(CHECKOUT / self.experiment.config), *self._common_settings(), *own]
-        if self.only_baseline:  # which is a run of one branch
-            return [["baseline", *args], ["ensemble", str(self.folder)]]
-        train = ["run"] if self.n_processes is None else ["launch", f"--local={self.n_processes}"]
-        return [[*train, *args]]
+        """`stl baseline` for a conventional network, `stl run` or `stl launch` for branches; then `stl ensemble`.
+
+        A run that was there keeps the settings of its ensemble: those of today go to `stl ensemble` by name.
+        """
+        own = [f"--seed_everything={self.seed}", f"--run.root={self.root}", f"--run.name={self.name}"]
+        quiet = "--trainer.enable_progress_bar=false"
+        args = ["--config", str(CHECKOUT / self.experiment.config), *self.settings(), *own, *self.where(), quiet]
+        side_by_side = ["launch", f"--local={self.n_processes}", "--no-ensemble"]
+        train = ["baseline"] if self.only_baseline else ["run"] if self.n_processes is None else side_by_side
+        score = ["ensemble", str(self.folder), *self.where(), *self._ensemble_settings()]
+        return [[*train, *args], *([] if train == ["run"] else [score])]
+
+    def _ensemble_settings(self) -> list[str]:
+        of_config = [f"--ensemble.{key}={json.dumps(value)}" for key, value in self.config.get("ensemble", {}).items()]
+        return [*of_config, *(setting for setting in self.settings() if setting.startswith("--ensemble."))]
 
     def where(self) -> list[str]:
         """The setting that names the images, if they lie elsewhere than the config says."""
-        return [f"--data.root={Path(self.data) / self.experiment.folder}"] if self.data else []
+        return [f"--data.root={self.data / self.experiment.folder}"] if self.data else []
 
-    def carry_out(self) -> None:
-        """Train what is not there yet; goes on where an earlier call was interrupted.
-
-        Raises: SystemExit with the exit code of the command that failed.
-        """
+    def carry_out(self) -> int:
+        """Train what is not there yet, from where an earlier call was interrupted; 0, or the code of what failed."""
         for command in self.commands():
             print(f"== {self.name}: stl {command[0]}", flush=True)
-            quiet = [] if command[0] == "ensemble" else ["--trainer.enable_progress_bar=false"]
-            done = subprocess.run([*STL, *command, *quiet], cwd=CHECKOUT)
-            if done.returncode:
-                sys.exit(done.returncode)
+            if code := call([*STL, *command]):
+                return code
+        return 0
 
     def costs(self) -> dict[str, Any]:
         """What `stl cost` says of it when it is done."""
-        command = [*STL, "cost", str(self.folder), "--json"]
+        command = [*STL, "cost", str(self.folder), "--json", *self.where()]
         said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=CHECKOUT)
         found: dict[str, Any] = json.loads(said.stdout)
         return found
 
-    def trained(self) -> dict[str, Any]:
-        """With what it is trained, but for the seed: two that agree in it are of one row."""
-        config = yaml.safe_load((CHECKOUT / self.experiment.config).read_text())
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-        return {"settings": self._common_settings(), "config": digest}
+
+def call(command: Sequence[str]) -> int:
+    """The exit code of a command. What asks this process to end asks the command, which saves first."""
+    child = subprocess.Popen(command, cwd=CHECKOUT)
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # of a terminal: it reaches both
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number)),
+    }
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 Planned = dict[str, list[Training]]  # of each row of an experiment
@@ -93,18 +110,19 @@ def trainings(
     name: str,
     experiment: Experiment,
     root: Path,
-    seeds: Sequence[int] | None,
-    extra: Sequence[str],
-    data: str | None = None,
+    seeds: Sequence[int] | None = None,
+    extra: Sequence[str] = (),
+    data: Path | None = None,
     n_processes: int | None = None,
 ) -> Planned:
     """The runs of each row of an experiment; the conventional network is trained in the folder of the recipe."""
+    config = yaml.safe_load((CHECKOUT / experiment.config).read_text())
     found = {}
     for key, variant in experiment.rows.items():
         listed = range(variant.seeds if variant and variant.seeds else experiment.seeds)
-        label = name if key in ("", "baseline") else f"{name}-{key}"
+        label = name if key in (RECIPE, "baseline") else f"{name}-{key}"
         found[key] = [
-            Training(f"{label}-seed{seed}", experiment, key, seed, root, tuple(extra), data, n_processes)
+            Training(f"{label}-seed{seed}", experiment, key, seed, root, config, tuple(extra), data, n_processes)
             for seed in (listed if seeds is None else seeds)
         ]
     return found
