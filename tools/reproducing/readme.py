@@ -1,7 +1,7 @@
 """The README's tables of what was reproduced, from the JSON files of `tools/reproduce`. Nothing in them is typed."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,22 +36,29 @@ def results(records: Mapping[str, Row]) -> str:
         rows.append([f"{record['title']}: measured", str(n), *cells, " / ".join(of)])
     head = ["", "n", "Mean", "Highest", "Ens.", "Baseline", "parameters: a branch / baseline"]
     first = "Test accuracy in percent, mean ± standard deviation over n seeds; every choice on the validation split."
-    return "\n".join([first, "", *table(head, rows), "", *map(remark, records.values()), ""])
+    machines = dict.fromkeys(text for record in records.values() for text in record["machine"]["values"])
+    last = f"Trained on {'; '.join(machines)}; machines shared with other work, so times are upper bounds."
+    return "\n".join([first, "", *table(head, rows), "", *table(MADE, map(how_made, records.values())), "", last, ""])
 
 
-def remark(record: Row) -> str:
+MADE = ("", "command", "seeds", "all branches in", "the baseline in", "weights chosen", "NLL", "ECE", "goal")
+
+
+def how_made(record: Row) -> list[str]:
     """How a row was made, how long it took, what it was to reach."""
-    extra = f" with `{' '.join(record['settings'])}`" if record["settings"] else ""
-    baseline = record["variants"].get("baseline", {"elapsed_s": {"values": []}})
-    took = f"all branches {seconds(record['elapsed_s'])}, the baseline {seconds(baseline['elapsed_s'])}"
     processes = " or ".join(map(str, sorted(set(record["n_processes"]["values"]))))
-    machines = " or ".join(sorted(set(record["machine"]["values"])))
-    return (
-        f"- {record['title']}: `{record['command']}`{extra}; {took} (branches in {processes} process"
-        f"{'' if processes == '1' else 'es'}, {machines}, shared); weights chosen: "
-        f"{', '.join(record['chosen']['values'])}; NLL {record['nll']['mean']:.4f}, ECE {record['ece']['mean']:.4f}; "
-        f"seeds {', '.join(map(str, record['seeds']))}.{goal(record)}"
-    )
+    baseline = record["variants"].get("baseline", {"elapsed_s": {"values": []}})
+    return [
+        record["title"],
+        f"`{' '.join([record['command'], *record['settings']])}`",
+        ", ".join(map(str, record["seeds"])),
+        f"{seconds(record['elapsed_s'])}, {processes} process{'' if processes == '1' else 'es'}",
+        seconds(baseline["elapsed_s"]),
+        ", ".join(dict.fromkeys(record["chosen"]["values"])),
+        f"{record['nll']['mean']:.4f}",
+        f"{record['ece']['mean']:.4f}",
+        goal(record),
+    ]
 
 
 def goal(record: Row) -> str:
@@ -62,7 +69,7 @@ def goal(record: Row) -> str:
     if not record["goal"]:
         return ""
     verdict = "met" if record["ensemble"]["mean"] >= record["goal"] else "missed"
-    return f" Goal {record['goal']:.1f}: {verdict}{above(record)}."
+    return f"{record['goal']:.1f}: {verdict}{above(record)}"
 
 
 def above(record: Row) -> str:
@@ -133,7 +140,7 @@ def lost(records: Mapping[str, Row]) -> str:
     return "\n".join([*table(["", "lost", "Ens.", "ECE"], rows), ""])
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 

@@ -17,7 +17,6 @@ from filelock import FileLock
 from reproducing.experiments import COLUMNS, RECIPE, Experiment
 from reproducing.train import Planned, Training
 
-DIGITS = 5  # of a number, behind the point
 SHARED = ("trained", "slices_per_branch", "costs")  # what the seeds of a row have in common
 DERIVED = ("title", "command", "settings", "goal", "poster_on", "poster", "baseline", "variants")  # not of its seeds
 
@@ -46,7 +45,7 @@ def spread(values: Sequence[Any]) -> Row:
     if not known or isinstance(known[0], str):
         return found
     std = statistics.stdev(known) if len(known) > 1 else 0.0
-    return {"mean": round(statistics.fmean(known), DIGITS), "std": round(std, DIGITS), **found}
+    return {"mean": statistics.fmean(known), "std": std, **found}
 
 
 def combine(seeds: Mapping[int, Row]) -> Row:
