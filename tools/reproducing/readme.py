@@ -100,18 +100,26 @@ def variants(records: Mapping[str, Row]) -> str:
     lines: list[str] = []
     for record in records.values():
         rows = [variant_row("as above", record)]
-        rows += [variant_row(row["title"], row) for row in record["variants"].values()]
+        for key, row in record["variants"].items():
+            is_conventional = key in ("baseline", "baseline-short")
+            rows.append(variant_row(row["title"], row | {"costs": record["costs"]} if is_conventional else row))
         lines += [f"**{record['title']}**", "", *table(head, rows), ""]
     return "\n".join(lines)
 
 
 def variant_row(title: str, row: Row) -> list[str]:
+    """Of branches, or of a network on the whole image, whose own multiply-adds and bytes are in the last columns."""
+    sizes = row.get("costs", {})
     if "ensemble" not in row:
-        return [title, str(row["baseline"]["n"]), "", "", percent(row["baseline"]), *[""] * 3]
-    sizes = row["costs"]
-    cost = [f"{sizes['all_branches']['multiply_adds']:,}", f"{sizes['branch']['bytes_read_epoch']:,}"]
+        cost = cost_cells(sizes["baseline"], sizes["baseline"]) if sizes else [""] * 2
+        return [title, str(row["baseline"]["n"]), "", "", percent(row["baseline"]), "", *cost]
     accuracies = [percent(row[column]) for column in ("mean", "highest", "ensemble")]
+    cost = cost_cells(sizes["all_branches"], sizes["branch"])
     return [title, str(row["ensemble"]["n"]), *accuracies, f"{row['ece']['mean']:.4f}", *cost]
+
+
+def cost_cells(computes: Row, reads: Row) -> list[str]:
+    return [f"{computes['multiply_adds']:,}", f"{reads['bytes_read_epoch']:,}"]
 
 
 def weightings(records: Mapping[str, Row]) -> str:
