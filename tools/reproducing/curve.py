@@ -1,4 +1,4 @@
-"""Accuracy against the slices that a branch reads, drawn from an experiment's JSON."""
+"""Test error against the slices that a branch reads, drawn from an experiment's JSON."""
 
 import math
 import re
@@ -11,6 +11,7 @@ from stl_lightning.report.looks import BASELINE, BLUE, DPI, GREEN, ORANGE, STYLE
 
 Row = Mapping[str, Any]
 
+ERRORS = (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70)  # percent, at the axis
 LINES = {"ensemble": ("ensemble", GREEN), "highest": ("highest branch", BLUE), "mean": ("mean branch", ORANGE)}
 
 
@@ -32,7 +33,10 @@ def conventional(record: Row, experiment: Experiment) -> Row:
 
 
 def draw(record: Row, experiment: Experiment, stem: Path) -> None:
-    """Writes STEM.png and STEM.svg; nothing if there is one point only. Percent of the test images, over the seeds."""
+    """Writes STEM.png and STEM.svg; nothing if there is one point only. Percent of the test images, over the seeds.
+
+    Errors on a logarithmic axis: a branch that reads a high frequency alone has many times those of the ensemble.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -47,13 +51,18 @@ def draw(record: Row, experiment: Experiment, stem: Path) -> None:
             found = [row[column] for row in rows.values()]
             spread = [of["std"] if of["n"] > 1 else math.nan for of in found]
             axis.errorbar(
-                places, [of["mean"] for of in found], spread, label=label, color=colour, marker="o", capsize=3
+                places, [100 - of["mean"] for of in found], spread, label=label, color=colour, marker="o", capsize=3
             )
         baseline = conventional(record, experiment)
         if baseline["n"]:
-            axis.axhline(baseline["mean"], label="conventional network", **BASELINE)
+            axis.axhline(100 - baseline["mean"], label="conventional network", **BASELINE)
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.set_yticks([tick for tick in ERRORS if low <= tick <= high], minor=False)
+        axis.set_yticks([], minor=True)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xticks(places, [tick(r, row) for r, row in rows.items()])
-        axis.set(ylabel="test accuracy, %", xlabel="slices a branch reads; training bytes it reads an epoch; "
+        axis.set(ylabel="test error, %", xlabel="slices a branch reads; training bytes it reads an epoch; "
                  "multiply-adds of all branches", title=record["title"])  # fmt: skip
         axis.legend()
         stem.parent.mkdir(parents=True, exist_ok=True)
