@@ -211,6 +211,8 @@ BAD = {
     "a row": (["--rows=recipe,identiy"], "--rows: expected some of recipe, baseline, identity"),
     "seeds": (["--seeds=4-3"], "expected a number of seeds, or the first and the last, as 3-4; got 4-3"),
     "a setting": (["--trainer.max_epochs", "3"], "settings for `stl` as --key=value; got --trainer.max_epochs"),
+    "a seed": (["--seed_everything=5"], "--seed_everything=5 is set by this program: expected --seeds"),
+    "no row": (["--rows="], "--rows: expected some of recipe"),
     "a misplaced name": (["--seeds", "1", "mnist"], "expected names first"),
     "data": (["--data=/nowhere"], "--data: expected the images of digits in /nowhere"),
 }

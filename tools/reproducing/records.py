@@ -129,8 +129,10 @@ def check_rows(file: Path, planned: Planned, replace: bool) -> Rows:
         listed = "\n  ".join(others)
         sys.exit(
             f"{file} has rows that were trained in another way than they would be now:\n  {listed}\n"
-            "expected --out to name another folder, or --replace to drop them"
+            "expected --out to name another folder and --runs one for its trainings, or --replace to drop them"
         )
+    for other in others:
+        print(f"{file} drops {other}", file=sys.stderr)
     return rows
 
 

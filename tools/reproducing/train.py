@@ -62,12 +62,16 @@ class Training:
         args = ["--config", str(CHECKOUT / self.experiment.config), *self.settings(), *own, *self.where(), quiet]
         side_by_side = ["launch", f"--local={self.n_processes}", "--no-ensemble"]
         train = ["baseline"] if self.only_baseline else ["run"] if self.n_processes is None else side_by_side
-        score = ["ensemble", str(self.folder), *self.where(), *self._ensemble_settings()]
-        return [[*train, *args], *([] if train == ["run"] else [score])]
+        return [[*train, *args], *([] if train == ["run"] else [self._scored()])]
 
-    def _ensemble_settings(self) -> list[str]:
+    def score(self) -> list[str]:
+        """The command that scores what is trained, with the settings of today."""
+        return [*STL, *self._scored()]
+
+    def _scored(self) -> list[str]:
         of_config = [f"--ensemble.{key}={json.dumps(value)}" for key, value in self.config.get("ensemble", {}).items()]
-        return [*of_config, *(setting for setting in self.settings() if setting.startswith("--ensemble."))]
+        of_call = [setting for setting in self.settings() if setting.startswith("--ensemble.")]
+        return ["ensemble", str(self.folder), *self.where(), *of_config, *of_call]
 
     def where(self) -> list[str]:
         """The setting that names the images, if they lie elsewhere than the config says."""
