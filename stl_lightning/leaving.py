@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
-from stl_lightning.errors import ConfigError
+from stl_lightning.errors import ConfigError, LeaveError
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -34,6 +34,22 @@ def listening(environ: Mapping[str, str] | None = None) -> Iterator[None]:
             yield
         finally:
             _asked.clear()
+
+
+@contextmanager
+def at_once(environ: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Have the signals that ask to leave end what has nothing to save, where it stands.
+
+    Raises: LeaveError when one comes, or has come before. ConfigError as `signals`.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise LeaveError(f"asked to leave by {signal.Signals(number).name}")
+
+    with handling(leave, environ):
+        if asked():
+            raise LeaveError(f"asked to leave by {asked()}")
+        yield
 
 
 @contextmanager

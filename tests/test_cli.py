@@ -1,6 +1,8 @@
 """The commands as a user calls them: what they print, and how they refuse bad input before any training."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import yaml
 
 from stl_lightning.__main__ import COMMANDS, main
 from stl_lightning.cli.ensemble import load_ensemble
+from stl_lightning.exits import DONE, INTERRUPTED
 from stl_lightning.paths import RunPaths
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -43,6 +46,8 @@ BAD = {
     "val_size": (["--data.val_size=1.5"], ["data.val_size"]),
     "batch_size": (["--data.batch_size=0"], ["data.batch_size", "at least 1"]),
     "strategy": (["--trainer.strategy=ddp"], ["trainer.strategy", "left unset"]),
+    "epochs": (["--trainer.max_epochs=-7"], ["trainer: ", "max_epochs", "-7"]),
+    "limit": (["--trainer.limit_val_batches=-1"], ["trainer: ", "limit_val_batches", "-1"]),
     "endless": (["--trainer.max_epochs=null"], ["trainer.max_epochs"]),
     "accelerator": (["--trainer.accelerator=tpu"], ["trainer.accelerator", "'tpu'"]),
     "monitor": (["--run.monitor=val/f1"], ["run.monitor", "val/acc"]),
@@ -86,6 +91,26 @@ def test_a_typo_in_a_file_is_answered_with_what_was_meant(text: str, tmp_path: P
     file.write_text(text)
     assert stl("run", tmp_path / "runs", config=str(file)) == 2
     assert TYPOS[text] in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_ensemble_stage_at_once(
+    number: signal.Signals, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training would wait for a next step, which does not come any more."""
+    went_on = []
+
+    def combine(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        went_on.append(True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stl_lightning.cli.train.combine", combine)
+        assert stl("run", tmp_path) == INTERRUPTED
+    assert not went_on
+    assert f"asked to leave by {number.name}; the same command goes on" in capfd.readouterr().err
+    assert stl("run", tmp_path) == DONE
+    assert "written: " in capfd.readouterr().out
 
 
 def test_more_ranks_than_branches(tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,12 @@ def leave_at(root: Path, step: int, monkeypatch: pytest.MonkeyPatch, **way: Any)
     return jobs
 
 
+def test_who_was_asked_before_leaves_before_a_stage_without_steps() -> None:
+    leaving.note("SIGUSR1")
+    with pytest.raises(LeaveError, match="asked to leave by SIGUSR1"), leaving.at_once():
+        pytest.fail("the stage was begun")
+
+
 STEPS = [1, 5, 7, N_STEPS, N_STEPS + 1, 2 * N_STEPS - 1]
 CASES = [("chunks", step) for step in STEPS] + [(way, step) for way in WAYS if way != "chunks" for step in (1, 6, 13)]
 

@@ -24,7 +24,7 @@ from stl_lightning.ranks import RankInfo
 from stl_lightning.run import Run, RunOptions, claim_run
 from stl_lightning.strategy import pick_device
 from stl_lightning.tracking import TrackingOptions
-from stl_lightning.training import BranchJob, check_trainer_settings, different_settings
+from stl_lightning.training import BranchJob, check_trainer_settings, different_settings, try_trainer
 
 PASSED_ON = (
     "data.root", "data.store", "data.num_workers", "data.eval_batch_size", "trainer.accelerator", "tracking.",
@@ -110,6 +110,7 @@ class SpectralCLI(LightningCLI):
         check_trainer_settings(dict(self.config.trainer))
         pick_device(self.config.trainer.accelerator, local_rank=0)
         built = self.parser.instantiate(self.config)  # constructs the options, which check themselves
+        try_trainer(_with_list(dict(built.trainer)))
         ensemble = self.ensemble_options
         find_candidates(ensemble.weighting, ensemble.space, self.data.n_branches, self.data.n_classes)
         if ensemble.flips:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+from stl_lightning import leaving
 from stl_lightning.cli.config import SpectralCLI
 from stl_lightning.cli.ensemble import combine
 from stl_lightning.errors import ConfigError
@@ -37,7 +38,8 @@ def run(args: list[str]) -> int:
     claimed = cli.claim()
     n_failed = train_all([cli.job(claimed, branch) for branch in branches])
     if n_failed < len(branches):
-        combine(claimed, cli.where_it_runs())
+        with leaving.at_once():
+            combine(claimed, cli.where_it_runs())
     return exit_code(n_failed)
 
 
@@ -68,7 +70,7 @@ def report(job: BranchJob, outcome: Outcome) -> None:
         _say(f"{job.job_type} {job.branch}: FAILED: {status.error}", sys.stderr)
         return
     what = "is finished already" if outcome == "skipped" else "finished"
-    loss = "" if status.loss is None else f", validation loss {status.loss:.4f}"
+    loss = "" if status.loss is None else f", last validation loss {status.loss:.4f}"
     _say(f"{job.job_type} {job.branch}: {what}, {status.epoch} epochs{loss}", sys.stdout)
 
 

@@ -9,7 +9,7 @@ from stl_lightning.training.job import (
     different_settings,
     load_best,
 )
-from stl_lightning.training.trainer import check_trainer_settings, make_trainer, predicting_trainer
+from stl_lightning.training.trainer import check_trainer_settings, make_trainer, predicting_trainer, try_trainer
 
 __all__ = [
     "BranchJob",
@@ -23,4 +23,5 @@ __all__ = [
     "make_trainer",
     "predicting_trainer",
     "train_branches",
+    "try_trainer",
 ]

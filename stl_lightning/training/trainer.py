@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from stl_lightning.checkpoint import BranchFiles
 from stl_lightning.errors import ConfigError, unknown
@@ -61,12 +62,30 @@ def _check_step_settings(settings: dict[str, Any]) -> None:
 def make_trainer(jobs: Sequence[BranchJob], **own: Any) -> Trainer:
     """A Trainer for these branches and no others, with the user's settings and `own` ones that go before them."""
     first = jobs[0]
-    settings = check_trainer_settings(first.trainer_settings)
-    independent = alone(settings.pop("accelerator", None) or "auto", first.local_rank)
-    independent["plugins"] += [BranchFiles([job.paths for job in jobs]), *(settings.pop("plugins", None) or [])]
+    files = BranchFiles([job.paths for job in jobs])
+    return _trainer(first.trainer_settings, first.local_rank, [files], default_root_dir=first.paths.folder, **own)
+
+
+def try_trainer(settings: dict[str, Any], local_rank: int = 0) -> None:
+    """Make a Trainer with these settings, to find out whether one can be made.
+
+    Raises: ConfigError as `check_trainer_settings`, and for what Lightning does not take.
+    """
+    try:
+        _trainer(settings, local_rank, [], logger=False, enable_checkpointing=False)
+    except ConfigError:
+        raise
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ConfigError(f"trainer: {error}") from error
+
+
+def _trainer(settings: dict[str, Any], local_rank: int, plugins: Sequence[Any], **own: Any) -> Trainer:
+    settings = check_trainer_settings(settings)
+    independent = alone(settings.pop("accelerator", None) or "auto", local_rank)
+    independent["plugins"] += [*plugins, *(settings.pop("plugins", None) or [])]
     settings = {key: value for key, value in settings.items() if value is not None}
     defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0}
-    return Trainer(**defaults | settings | {"default_root_dir": first.paths.folder} | independent | own)
+    return Trainer(**defaults | settings | independent | own)
 
 
 def predicting_trainer(job: BranchJob) -> Trainer:

@@ -1,12 +1,12 @@
 """The README's tables of what was reproduced, from the JSON files of `tools/reproduce`. Nothing in them is typed."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from reproducing.experiments import COLUMNS, EXPERIMENTS
+from reproducing.files import read_json
 
 Row = Mapping[str, Any]
 
@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 def read_records(folder: Path) -> dict[str, Row]:
     """Those experiments whose recipe has been carried out, in the order of the table."""
     files = {name: folder / f"{name}.json" for name in EXPERIMENTS}
-    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    found = {name: read_json(file) for name, file in files.items() if file.exists()}
     return {name: record for name, record in found.items() if record["seeds"]}
 
 
@@ -25,7 +25,7 @@ def results(records: Mapping[str, Row]) -> str:
         if record["poster"]:
             cells = [f"{record['poster'][column]:.2f}" for column in COLUMNS]
             data = f" on {record['poster_on']}" if record["poster_on"] else ""
-            rows.append([f"{record['title']}: the poster{data}", "", *cells, ""])
+            rows.append([f"{record['title']}: the poster{data}", "", "", *cells, ""])
         sizes = record["costs"]
         of = [f"{sizes[part]['n_parameters']:,}" for part in ("branch", "baseline") if part in sizes]
         n = record["ensemble"]["n"]
@@ -33,12 +33,17 @@ def results(records: Mapping[str, Row]) -> str:
         cells = [
             percent(record[column]) + (f" (n = {others[column]})" if column in others else "") for column in COLUMNS
         ]
-        rows.append([f"{record['title']}: measured", str(n), *cells, " / ".join(of)])
-    head = ["", "n", "Mean", "Highest", "Ens.", "Baseline", "parameters: a branch / baseline"]
+        reads = f"{record['slices_per_branch']} of {n_branches(record)}"
+        rows.append([f"{record['title']}: measured", str(n), reads, *cells, " / ".join(of)])
+    head = ["", "n", "slices a branch reads", "Mean", "Highest", "Ens.", "Baseline", "parameters: a branch / baseline"]
     first = "Test accuracy in percent, mean ± standard deviation over n seeds; every choice on the validation split."
     machines = dict.fromkeys(text for record in records.values() for text in record["machine"]["values"])
     last = f"Trained on {'; '.join(machines)}; machines shared with other work, so times are upper bounds."
     return "\n".join([first, "", *table(head, rows), "", *table(MADE, map(how_made, records.values())), "", last, ""])
+
+
+def n_branches(record: Row) -> int:
+    return len(record["lost"]["leave_one_out"])
 
 
 MADE = ("", "command", "seeds", "all branches in", "the baseline in", "weights chosen", "NLL", "ECE", "goal")
@@ -99,19 +104,17 @@ def variants(records: Mapping[str, Row]) -> str:
     head = ["", "n", "Mean", "Highest", "Ens.", "ECE", "multiply-adds of all", "training bytes a branch and epoch"]
     lines: list[str] = []
     for record in records.values():
-        rows = [variant_row("as above", record)]
-        for key, row in record["variants"].items():
-            is_conventional = key in ("baseline", "baseline-short")
-            rows.append(variant_row(row["title"], row | {"costs": record["costs"]} if is_conventional else row))
+        rows = [variant_row("the recipe", record)] if record["seeds"] else []
+        rows += [variant_row(row["title"], row) for row in record["variants"].values()]
         lines += [f"**{record['title']}**", "", *table(head, rows), ""]
     return "\n".join(lines)
 
 
 def variant_row(title: str, row: Row) -> list[str]:
     """Of branches, or of a network on the whole image, whose own multiply-adds and bytes are in the last columns."""
-    sizes = row.get("costs", {})
+    sizes = row["costs"]
     if "ensemble" not in row:
-        cost = cost_cells(sizes["baseline"], sizes["baseline"]) if sizes else [""] * 2
+        cost = cost_cells(sizes["baseline"], sizes["baseline"])
         return [title, str(row["baseline"]["n"]), "", "", percent(row["baseline"]), "", *cost]
     accuracies = [percent(row[column]) for column in ("mean", "highest", "ensemble")]
     cost = cost_cells(sizes["all_branches"], sizes["branch"])

@@ -1,13 +1,14 @@
 """What one training gave, a row for the JSON of its experiment: accuracies in percent, costs, what was chosen."""
 
 import json
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, versions
 
-from reproducing.train import Training
+from reproducing.train import CHECKOUT, Training
 
 SIZES = ("n_parameters", "weight_bytes", "multiply_adds", "activation_bytes", "bytes_read_epoch")
 Row = dict[str, Any]
@@ -15,13 +16,20 @@ Row = dict[str, Any]
 
 def row_of(training: Training) -> Row:
     """Of a training that has come to its end. Reads its files, and asks `stl cost`."""
-    row: Row = {"trained": training.trained(), "machine": where_trained()}
     run = training.folder
-    results = read_results(run)
-    row["elapsed_s"] = elapsed_s(run / "branches")
+    results, costs = read_results(run), training.costs()
+    row: Row = {
+        "trained": training.trained(),
+        "machine": where_trained(),
+        "commit": commit(),
+        "elapsed_s": elapsed_s(run / "branches"),
+    }
     if training.only_baseline:
-        return row | {"baseline": percent(results["ensemble"]["accuracy"])}
-    costs = training.costs()
+        return {
+            **row,
+            "baseline": percent(results["ensemble"]["accuracy"]),
+            "costs": {"baseline": sizes(costs["baseline"])},
+        }
     return {
         **row,
         "slices_per_branch": slices_per_branch(run),
@@ -82,6 +90,13 @@ def read_results(run: Path) -> Row:
 def slices_per_branch(run: Path) -> int:
     settings = json.loads((run / "run.json").read_text())["settings"]
     return len(settings["common_slices"] or []) or int(settings["slices_per_branch"])
+
+
+def commit() -> str | None:
+    """Of this checkout, `-dirty` where files differ from it; None where git does not know it."""
+    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return found.stdout.strip() or None
 
 
 def where_trained() -> str:
