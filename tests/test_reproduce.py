@@ -17,11 +17,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reproducing import curve, readme
-from reproducing.experiments import EXPERIMENTS, Experiment, reads, shorter
+from reproducing.experiments import EXPERIMENTS, GROUPS, Experiment, reads, shorter
 from reproducing.records import combine, gather, keep, pick, read_rows, record_of, rows_of, spread, take_apart
 from reproducing.train import Planned, Training, call, trainings
 
 from stl_lightning.cli.cost import planned_costs
+from stl_lightning.sources import open_source
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 RESULTS = CHECKOUT / "tools" / "results"
@@ -103,6 +104,24 @@ def test_the_unsplit_network_costs_what_all_branches_do(name: str, request: pyte
     assert costs["ratios"]["all_branches"]["multiply_adds"] == pytest.approx(1, rel=0.02)
 
 
+SOURCES = {"photos": ("imagefolder", "imagenette")}  # others are called as their group
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_number_of_test_images(group: str, request: pytest.FixtureRequest) -> None:
+    experiments = [experiment for experiment in EXPERIMENTS.values() if experiment.group == group]
+    source, data = SOURCES.get(group, (group, group))
+    root = Path() if group == "digits" else request.getfixturevalue("real_data")(data) / experiments[0].folder
+    n = len(open_source(source, root, image_size=64 if source == "imagefolder" else None).load("test"))
+    assert all(experiment.n_test == n for experiment in experiments)
+
+
+def test_the_standard_error_is_that_of_a_binomial() -> None:
+    assert readme.standard_error(90.0, 400) == pytest.approx(
+        100 * (torch.distributions.Binomial(400, torch.tensor(0.9)).stddev / 400).item()
+    )
+
+
 def test_every_run_has_a_name_and_a_place_of_its_own(tmp_path: Path) -> None:
     runs = [
         run
@@ -115,7 +134,7 @@ def test_every_run_has_a_name_and_a_place_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_images_of_an_experiment_lie_in_its_folder(tmp_path: Path) -> None:
-    experiment = Experiment("Photographs", "photos", "configs/imagenet.yaml", seeds=1, folder="pictures")
+    experiment = Experiment("Photographs", "photos", "configs/imagenet.yaml", seeds=1, n_test=9, folder="pictures")
     planned = trainings("photos", experiment, tmp_path, data=Path("/data"), n_processes=2)
     (run,), (baseline,) = planned["recipe"], planned["baseline"]
     for training in (run, baseline):
@@ -131,8 +150,8 @@ def test_a_run_is_scored_with_the_ensemble_of_today(tmp_path: Path) -> None:
     assert planned["recipe"][0].commands()[-1][2:] == ["--ensemble.flips=true", "--ensemble.space=prob"]
 
 
-READS = Experiment("Somewhere", "digits", "configs/digits.yaml", seeds=1, variants=reads(1, 1, 4))
-SHORT = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, variants=reads(1, 1, 2) | shorter(1, (), ""))
+READS = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, 359, variants=reads(1, 1, 4))
+SHORT = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, 359, variants=reads(1, 1, 2) | shorter(1, (), ""))
 
 
 def test_the_curve_is_of_trainings_of_one_length() -> None:

@@ -36,21 +36,29 @@ def results(records: Mapping[str, Row]) -> str:
         reads = f"{record['slices_per_branch']} of {n_branches(record)}"
         rows.append([f"{record['title']}: measured", str(n), reads, *cells, " / ".join(of)])
     head = ["", "n", "slices a branch reads", "Mean", "Highest", "Ens.", "Baseline", "parameters: a branch / baseline"]
-    first = "Test accuracy in percent, mean ± standard deviation over n seeds; every choice on the validation split."
+    first = (
+        "Test accuracy in percent, mean ± standard deviation over n seeds, every choice on the validation split. Mean: "
+        "of the single branches. Highest: of the branch that is best on the validation split. Ens.: of their weighted "
+        "sum. Baseline: of the conventional network on the whole image."
+    )
     machines = dict.fromkeys(text for record in records.values() for text in record["machine"]["values"])
     last = f"Trained on {'; '.join(machines)}; machines shared with other work, so times are upper bounds."
-    return "\n".join([first, "", *table(head, rows), "", *table(MADE, map(how_made, records.values())), "", last, ""])
+    made = [how_made(name, record) for name, record in records.items()]
+    return "\n".join([first, "", *table(head, rows), "", *table(MADE, made), "", last, ""])
 
 
 def n_branches(record: Row) -> int:
     return len(record["lost"]["leave_one_out"])
 
 
-MADE = ("", "command", "seeds", "all branches in", "the baseline in", "weights chosen", "NLL", "ECE", "goal")
+MADE = (
+    *("", "command", "seeds", "all branches in", "the baseline in", "weights chosen"),
+    *("standard error of the test set", "NLL", "ECE", "goal"),
+)
 
 
-def how_made(record: Row) -> list[str]:
-    """How a row was made, how long it took, what it was to reach."""
+def how_made(name: str, record: Row) -> list[str]:
+    """How a row was made, how long it took, how sure it is, what it was to reach."""
     processes = " or ".join(map(str, sorted(set(record["n_processes"]["values"]))))
     baseline = record["variants"].get("baseline", {"elapsed_s": {"values": []}})
     return [
@@ -60,10 +68,17 @@ def how_made(record: Row) -> list[str]:
         f"{seconds(record['elapsed_s'])}, {processes} process{'' if processes == '1' else 'es'}",
         seconds(baseline["elapsed_s"]),
         ", ".join(dict.fromkeys(record["chosen"]["values"])),
+        f"{standard_error(record['ensemble']['mean'], EXPERIMENTS[name].n_test):.2f}",
         f"{record['nll']['mean']:.4f}",
         f"{record['ece']['mean']:.4f}",
         goal(record),
     ]
+
+
+def standard_error(accuracy: float, n: int) -> float:
+    """Of an accuracy in percent on n images, in percent: what other test images would change. That of a binomial."""
+    share = accuracy / 100
+    return 100 * (share * (1 - share) / n) ** 0.5
 
 
 def goal(record: Row) -> str:
