@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from stl_lightning.report.looks import BASELINE, BLUE, GREY, MAPPED, ORANGE, RED, WIDTH, percent, scale_y
 from stl_lightning.report.material import Material
 
@@ -56,12 +58,13 @@ def draw_weights(figure: "Figure", material: Material) -> None:
 
 
 def draw_disagreement(figure: "Figure", material: Material) -> None:
-    """On how many test images each two branches predict different classes."""
-    matrix = [percent(row) for row in material.results["disagreement"]]
+    """On how many test images each two branches predict different classes; nothing on the diagonal."""
+    matrix = np.array([percent(row) for row in material.results["disagreement"]])
+    np.fill_diagonal(matrix, np.nan)  # its zeros would take most of the colours
     figure.set_size_inches(6.2, 5.2)
     axis = figure.subplots()
     axis.grid(visible=False)
-    drawn = axis.imshow(matrix, cmap=MAPPED, vmin=0)
+    drawn = axis.imshow(matrix, cmap=MAPPED)
     shown = _few(list(range(len(matrix))))
     names = [str(material.results["members"][i]) for i in shown]
     axis.set_xticks(shown, names)
@@ -70,9 +73,9 @@ def draw_disagreement(figure: "Figure", material: Material) -> None:
     figure.colorbar(drawn, label="different predictions (% of test images)", shrink=0.85)
     if len(matrix) > MOST_CELLS:
         return
-    middle = max(map(max, matrix)) / 2
-    for i, row in enumerate(matrix):
-        for j, value in enumerate(row):
+    middle = (np.nanmin(matrix) + np.nanmax(matrix)) / 2
+    for (i, j), value in np.ndenumerate(matrix):
+        if i != j:
             axis.text(j, i, f"{value:.1f}", ha="center", va="center", color="white" if value <= middle else "black")
 
 
