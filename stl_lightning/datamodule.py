@@ -181,6 +181,11 @@ class SpectralDataModule(LightningDataModule):
         if self.augment is not None:
             check_augment(self.augment, self.spectral)
 
+    @property
+    def n_train_images(self) -> int:
+        """Training images without those of the validation split."""
+        return len(self._split("train"))
+
     def setup(self, stage: str | None = None) -> None:
         """Read the training data and estimate what is fitted to them: KLT, mean and deviation."""
         if self._statistics is None:

@@ -24,6 +24,8 @@ QUICK = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enabl
 
 Capture = pytest.CaptureFixture[str]
 PLATEAU = "torch.optim.lr_scheduler.ReduceLROnPlateau"
+ONE_CYCLE = "torch.optim.lr_scheduler.OneCycleLR"
+CYCLE = [f"--model.lr_scheduler.init_args.{name}" for name in ("max_lr=0.1", "total_steps=71")]
 THREE_PIXELS = ["--data.block=[1,3]", "--data.pad=zeros"]
 
 # What the user gets wrong -> the arguments, and what the message has to say.
@@ -40,6 +42,10 @@ BAD = {
     "folds": (["--ensemble.n_folds=1"], ["ensemble.n_folds", "2 or more"]),
     "resized crop": (["--data.augment.resized_crop=[0.5,1]"], ["data.augment.resized_crop", "crop_pad"]),
     "plateau": ([f"--model.lr_scheduler={PLATEAU}"], ["model.lr_scheduler", "ReduceLROnPlateau"]),
+    "short schedule": (
+        [f"--model.lr_scheduler={ONE_CYCLE}", *CYCLE, "--model.lr_interval=step"],
+        ["total_steps", "expected 72"],
+    ),
     "slices": (["--data.slices_per_branch=5"], ["data.slices_per_branch", "1 to 4"]),
     "common slices": (["--data.common_slices=[4]"], ["data.common_slices", "0 to 3"]),
     "branches": (["--run.branches=[4]"], ["run.branches", "0 to 3"]),
@@ -76,6 +82,12 @@ def test_bad_input_is_refused_before_any_training(case: str, tmp_path: Path, cap
         assert words in message
     assert "Traceback" not in message
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_schedule_that_outlives_the_training_is_told(tmp_path: Path, capfd: Capture) -> None:
+    longer = [f"--model.lr_scheduler={ONE_CYCLE}", *CYCLE, "--model.lr_interval=step", "--trainer.max_epochs=1"]
+    assert stl("fit", tmp_path, *longer, "--run.branches=[0]") == 0
+    assert "total_steps: 71 steps, but the training ends after 36" in capfd.readouterr().err
 
 
 TYPOS = {

@@ -24,7 +24,7 @@ from stl_lightning.ranks import RankInfo
 from stl_lightning.run import Run, RunOptions, claim_run
 from stl_lightning.strategy import pick_device
 from stl_lightning.tracking import TrackingOptions
-from stl_lightning.training import BranchJob, check_trainer_settings, different_settings, try_trainer
+from stl_lightning.training import BranchJob, check_schedule, check_trainer_settings, different_settings, try_trainer
 
 PASSED_ON = (
     "data.root", "data.store", "data.num_workers", "data.eval_batch_size", "trainer.accelerator", "tracking.",
@@ -119,8 +119,11 @@ class SpectralCLI(LightningCLI):
             data = self._data_of(branch)
             module = built.model.build(data.in_shape, data.n_classes, data.seed, [branch])
             module.check_output(data.in_shape, data.n_classes)
-        module.configure_optimizers()
+        made = module.configure_optimizers()
         self.data.check(self.owned_branches())
+        if isinstance(made, tuple | list):
+            (scheduler,), data = made[1], self.data
+            check_schedule(scheduler, module.lr_interval, dict(built.trainer), data.n_train_images, data.batch_size)
 
     def claim(self) -> Run:
         """Open the run directory for this config, if nothing is wrong with it."""

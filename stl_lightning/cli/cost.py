@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ def planned_costs(settings: Sequence[str]) -> dict[str, Any]:
     cli = SpectralCLI(list(settings), "cost")
     check_trainer_settings(dict(cli.config.trainer))
     nowhere = Run(cli.options.paths, id="", hash="", settings={})
-    n_images = _n_training_images(cli)
+    n_images = cli.data.n_train_images
     branches = {
         branch: _of_branch(cli.job(nowhere, branch), n_images, paths=None) for branch in range(cli.data.n_branches)
     }
@@ -83,7 +84,7 @@ def run_costs(run: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if not clis:
         raise RunError(f"{run}: no branch has begun; `stl cost --config FILE.yaml` counts before the training")
     first = next(iter(clis.values()))
-    n_images = _n_training_images(first)
+    n_images = first.data.n_train_images
     branches = {}
     for branch in range(opened.settings["n_branches"]):
         job = clis.get(branch, first).job(opened, branch)
@@ -136,25 +137,15 @@ def _of_baseline(of_run: "SpectralCLI", cli: "SpectralCLI", n_images: int, paths
     )
 
 
-def _n_training_images(cli: "SpectralCLI") -> int:
-    from stl_lightning.datamodule import split_indices
-
-    data = cli.data
-    n_images = len(data.source.load("train")) if data.store is None else data.store.manifest.n_train
-    return len(split_indices(n_images, data.val_size, data.seed)[0])
-
-
 def _epochs(settings: dict[str, Any], n_images: int, batch_size: int, paths: BranchPaths | None, branch: int) -> float:
     """How often every training image is read: as the steps say that were made, or are the limit."""
     from stl_lightning.status import read_status
+    from stl_lightning.training import planned_epochs, steps_an_epoch
 
-    n_batches = -(-n_images // batch_size)
-    steps_an_epoch = -(-n_batches // (settings.get("accumulate_grad_batches") or 1))
+    n_steps = steps_an_epoch(settings, n_images, batch_size)
     if paths is not None:
-        return read_status(paths, branch).step / steps_an_epoch
-    limits = {"max_epochs": 1.0, "max_steps": steps_an_epoch}
-    given = {name: settings.get(name) for name in limits}
-    ends = [value / limits[name] for name, value in given.items() if value is not None and value >= 0]
-    if not ends:
+        return read_status(paths, branch).step / n_steps
+    epochs = planned_epochs(settings, n_steps)
+    if epochs == math.inf:
         raise ConfigError("trainer.max_epochs: expected a number of epochs (or trainer.max_steps), got none to count")
-    return min(ends)
+    return epochs

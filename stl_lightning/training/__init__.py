@@ -9,6 +9,7 @@ from stl_lightning.training.job import (
     different_settings,
     load_best,
 )
+from stl_lightning.training.length import check_schedule, planned_epochs, steps_an_epoch
 from stl_lightning.training.trainer import check_trainer_settings, make_trainer, predicting_trainer, try_trainer
 
 __all__ = [
@@ -17,11 +18,14 @@ __all__ = [
     "check_branch",
     "check_branches",
     "check_same_config",
+    "check_schedule",
     "check_trainer_settings",
     "different_settings",
     "load_best",
     "make_trainer",
+    "planned_epochs",
     "predicting_trainer",
+    "steps_an_epoch",
     "train_branches",
     "try_trainer",
 ]
