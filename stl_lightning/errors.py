@@ -32,7 +32,7 @@ class FencedError(STLError):
 
 
 class LeaveError(STLError):
-    """The process was asked to leave by a signal, and has saved what it was training."""
+    """The process was asked to leave by a signal, and has saved what it was training, if anything."""
 
 
 class DivergedError(STLError):

@@ -44,7 +44,11 @@ def at_once(environ: Mapping[str, str] | None = None) -> Iterator[None]:
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise LeaveError(f"asked to leave by {signal.Signals(number).name}")
+        name = signal.Signals(number).name
+        if asked():  # it is on its way out, or the first one got lost
+            raise KeyboardInterrupt
+        note(name)
+        raise LeaveError(f"asked to leave by {name}")
 
     with handling(leave, environ):
         if asked():

@@ -84,6 +84,13 @@ def test_bad_input_is_refused_before_any_training(case: str, tmp_path: Path, cap
     assert not (tmp_path / "runs").exists()
 
 
+def test_callbacks_of_the_users_are_taken(tmp_path: Path) -> None:
+    """A checkpoint beside ours, and a progress bar where none is shown."""
+    names = ("ModelCheckpoint", "RichProgressBar")
+    callbacks = [f"--trainer.callbacks+=lightning.pytorch.callbacks.{name}" for name in names]
+    assert stl("fit", tmp_path, *callbacks, "--run.branches=[0]") == 0
+
+
 def test_a_schedule_that_outlives_the_training_is_told(tmp_path: Path, capfd: Capture) -> None:
     longer = [f"--model.lr_scheduler={ONE_CYCLE}", *CYCLE, "--model.lr_interval=step", "--trainer.max_epochs=1"]
     assert stl("fit", tmp_path, *longer, "--run.branches=[0]") == 0

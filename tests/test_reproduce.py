@@ -17,8 +17,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reproducing import curve, readme
-from reproducing.experiments import EXPERIMENTS, GROUPS, Experiment, reads, shorter
+from reproducing.experiments import EXPERIMENTS, GROUPS, N_TEST, Experiment, reads, shorter
 from reproducing.records import combine, gather, keep, pick, read_rows, record_of, rows_of, spread, take_apart
+from reproducing.summary import commit
 from reproducing.train import Planned, Training, call, trainings
 
 from stl_lightning.cli.cost import planned_costs
@@ -83,10 +84,10 @@ def test_a_row_of_the_table_is_that_of_its_json(name: str) -> None:
     record = json.loads((RESULTS / f"{name}.json").read_text())
     begin = f"| {record['title']}: measured | "
     (line,) = [line for line in (CHECKOUT / "README.md").read_text().splitlines() if line.startswith(begin)]
-    n, reads, *cells = line.removeprefix(begin).split(" | ")
+    n, reads, *cells, _parameters = line.removeprefix(begin).split(" | ")
     assert n == str(len(record["seeds"]))
-    assert reads.split(" of ") == [str(record["slices_per_branch"]), str(len(record["lost"]["leave_one_out"]))]
-    for column, cell in zip(("mean", "highest", "ensemble", "baseline"), cells, strict=False):
+    assert f"B = {reads.removeprefix(str(record['slices_per_branch']) + ' of ')}, " in record["title"] + ", "
+    for column, cell in zip(("mean", "highest", "ensemble", "baseline"), cells, strict=True):
         of = record[column]["values"]
         expected = "-" if not of else f"{fmean(of):.2f} ± {stdev(of):.2f}" if len(of) > 1 else f"{of[0]:.2f}"
         assert cell == expected + ("" if len(of) in (0, int(n)) else f" (n = {len(of)})")
@@ -109,11 +110,31 @@ SOURCES = {"photos": ("imagefolder", "imagenette")}  # others are called as thei
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_number_of_test_images(group: str, request: pytest.FixtureRequest) -> None:
-    experiments = [experiment for experiment in EXPERIMENTS.values() if experiment.group == group]
+    (folder,) = {experiment.folder for experiment in EXPERIMENTS.values() if experiment.group == group}
     source, data = SOURCES.get(group, (group, group))
-    root = Path() if group == "digits" else request.getfixturevalue("real_data")(data) / experiments[0].folder
-    n = len(open_source(source, root, image_size=64 if source == "imagefolder" else None).load("test"))
-    assert all(experiment.n_test == n for experiment in experiments)
+    root = Path() if group == "digits" else request.getfixturevalue("real_data")(data) / folder
+    found = open_source(source, root, image_size=64 if source == "imagefolder" else None)
+    assert len(found.load("test")) == N_TEST[group]
+
+
+def test_the_commit_of_a_checkout(tmp_path: Path) -> None:
+    def git(*args: str) -> str:
+        who = ["-c", "user.name=me", "-c", "user.email=me@here"]
+        return subprocess.run(
+            ["git", *who, "-C", str(tmp_path), *args], check=True, capture_output=True, text=True
+        ).stdout
+
+    assert commit(tmp_path) is None
+    git("init")
+    assert commit(tmp_path) is None
+    git("commit", "--allow-empty", "--message=first")
+    head = git("rev-parse", "HEAD")[:12]
+    (tmp_path / "README.md").write_text("tables")
+    assert commit(tmp_path) == head
+    (tmp_path / "more.py").write_text("")
+    assert commit(tmp_path) == f"{head}-dirty"
+    (tmp_path / "inside").mkdir()
+    assert commit(tmp_path / "inside") is None
 
 
 def test_the_standard_error_is_that_of_a_binomial() -> None:
@@ -134,7 +155,7 @@ def test_every_run_has_a_name_and_a_place_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_images_of_an_experiment_lie_in_its_folder(tmp_path: Path) -> None:
-    experiment = Experiment("Photographs", "photos", "configs/imagenet.yaml", seeds=1, n_test=9, folder="pictures")
+    experiment = Experiment("Photographs", "photos", "configs/imagenet.yaml", seeds=1, folder="pictures")
     planned = trainings("photos", experiment, tmp_path, data=Path("/data"), n_processes=2)
     (run,), (baseline,) = planned["recipe"], planned["baseline"]
     for training in (run, baseline):
@@ -150,8 +171,8 @@ def test_a_run_is_scored_with_the_ensemble_of_today(tmp_path: Path) -> None:
     assert planned["recipe"][0].commands()[-1][2:] == ["--ensemble.flips=true", "--ensemble.space=prob"]
 
 
-READS = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, 359, variants=reads(1, 1, 4))
-SHORT = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, 359, variants=reads(1, 1, 2) | shorter(1, (), ""))
+READS = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, variants=reads(1, 1, 4))
+SHORT = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, variants=reads(1, 1, 2) | shorter(1, (), ""))
 
 
 def test_the_curve_is_of_trainings_of_one_length() -> None:
@@ -248,6 +269,15 @@ def test_bad_input_is_refused_before_any_training(case: str, tmp_path: Path) -> 
     assert done.returncode
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_stl_refuses_is_not_tried_again(tmp_path: Path) -> None:
+    where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "tools/reproduce", "digits", *where, "--rows=recipe,identity", "--trainer.max_epoch=2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
+    assert done.returncode == 2
+    assert done.stdout.count("== ") == 1
+    assert "not carried out: digits, recipe, seed 0" in done.stderr
 
 
 SLOW_TO_LEAVE = """

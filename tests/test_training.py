@@ -34,6 +34,7 @@ from stl_lightning.training import (
     BranchJob,
     check_branch,
     check_branches,
+    check_schedule,
     check_trainer_settings,
     make_trainer,
     train_branches,
@@ -317,6 +318,38 @@ def test_a_branch_in_training_elsewhere_on_this_machine_is_left_to_it(tmp_path: 
 def test_a_callback_that_is_no_list_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.callbacks: expected a list"):
         check_trainer_settings({"max_epochs": 1, "callbacks": RichProgressBar()})
+
+
+# Settings, the unit of the schedule, and how many of them the training has (None: it is not judged).
+LENGTHS = [
+    ({"max_epochs": 3}, "step", 3 * 12),
+    ({"max_epochs": 3}, "epoch", 3),
+    ({"max_epochs": 3, "accumulate_grad_batches": 5}, "step", 3 * 3),
+    ({"max_epochs": 3, "max_steps": 29}, "step", 29),
+    ({"max_epochs": -1, "max_steps": 25}, "epoch", 3),
+    ({"max_epochs": None, "max_steps": 29}, "step", 29),
+    ({"max_epochs": -1}, "step", None),
+    ({"max_epochs": 3, "limit_train_batches": 10}, "step", None),
+]
+
+
+@pytest.mark.parametrize(("settings", "interval", "expected"), LENGTHS)
+def test_a_schedule_is_as_long_as_the_training(
+    settings: dict[str, Any], interval: str, expected: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check(total: int) -> str:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1, total_steps=total)
+        check_schedule(scheduler, interval, settings, n_images=12 * 16 - 3, batch_size=16)
+        return capsys.readouterr().err
+
+    if expected is None:
+        assert check(2) == ""
+        return
+    assert check(expected) == ""
+    assert f"ends after {expected}," in check(expected + 1)
+    with pytest.raises(ConfigError, match=f"expected {expected}, the {interval}s; got {expected - 1}"):
+        check(expected - 1)
 
 
 def test_a_tracker_that_cannot_start_fails_its_branch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,10 +119,10 @@ class SpectralCLI(LightningCLI):
             data = self._data_of(branch)
             module = built.model.build(data.in_shape, data.n_classes, data.seed, [branch])
             module.check_output(data.in_shape, data.n_classes)
-        made = module.configure_optimizers()
-        self.data.check(self.owned_branches())
-        if isinstance(made, tuple | list):
-            (scheduler,), data = made[1], self.data
+        made, data = module.configure_optimizers(), self.data
+        data.check(self.owned_branches())
+        if module.scheduler_factory is not None:
+            _, (scheduler,) = made
             check_schedule(scheduler, module.lr_interval, dict(built.trainer), data.n_train_images, data.batch_size)
 
     def claim(self) -> Run:

@@ -140,12 +140,12 @@ def _of_baseline(of_run: "SpectralCLI", cli: "SpectralCLI", n_images: int, paths
 def _epochs(settings: dict[str, Any], n_images: int, batch_size: int, paths: BranchPaths | None, branch: int) -> float:
     """How often every training image is read: as the steps say that were made, or are the limit."""
     from stl_lightning.status import read_status
-    from stl_lightning.training import planned_epochs, steps_an_epoch
+    from stl_lightning.training import planned_steps, steps_an_epoch
 
     n_steps = steps_an_epoch(settings, n_images, batch_size)
     if paths is not None:
         return read_status(paths, branch).step / n_steps
-    epochs = planned_epochs(settings, n_steps)
-    if epochs == math.inf:
+    planned = planned_steps(settings, n_steps)
+    if planned == math.inf:
         raise ConfigError("trainer.max_epochs: expected a number of epochs (or trainer.max_steps), got none to count")
-    return epochs
+    return planned / n_steps

@@ -58,7 +58,7 @@ def draw_weights(figure: "Figure", material: Material) -> None:
 
 
 def draw_disagreement(figure: "Figure", material: Material) -> None:
-    """On how many test images each two branches predict different classes; nothing on the diagonal."""
+    """On how many test images each two branches predict different classes: colours from the least to the most."""
     matrix = np.array([percent(row) for row in material.results["disagreement"]])
     np.fill_diagonal(matrix, np.nan)  # its zeros would take most of the colours
     figure.set_size_inches(6.2, 5.2)

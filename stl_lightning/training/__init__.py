@@ -9,7 +9,7 @@ from stl_lightning.training.job import (
     different_settings,
     load_best,
 )
-from stl_lightning.training.length import check_schedule, planned_epochs, steps_an_epoch
+from stl_lightning.training.length import check_schedule, planned_steps, steps_an_epoch
 from stl_lightning.training.trainer import check_trainer_settings, make_trainer, predicting_trainer, try_trainer
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "different_settings",
     "load_best",
     "make_trainer",
-    "planned_epochs",
+    "planned_steps",
     "predicting_trainer",
     "steps_an_epoch",
     "train_branches",

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
@@ -34,7 +33,7 @@ from stl_lightning.tracking import EpochLogger, EpochLogits, branch_loggers, clo
 from stl_lightning.traffic import forbid_process_groups
 from stl_lightning.training.heartbeat import Heartbeat
 from stl_lightning.training.job import BranchJob, resume_point, why_not_stacked
-from stl_lightning.training.trainer import chunks, make_trainer
+from stl_lightning.training.trainer import STEPS_ARE_OURS, chunks, make_trainer, users_callbacks
 
 Outcome = Literal["finished", "skipped", "failed", "lost"]  # lost to another process
 
@@ -333,9 +332,8 @@ def _training_trainer(
     if resume_from is not None:
         data.chunk = chunk_of(load_checkpoint(resume_from), data.chunk)
     shows_bar = job.local_rank == 0 and settings.get("enable_progress_bar") is not False
-    users = settings.get("callbacks") or []
     callbacks = [
-        *(callback for callback in users if shows_bar or not isinstance(callback, ProgressBar)),
+        *users_callbacks(settings, shows_bar),
         heartbeat,
         epochs := EpochLogger([attempt.loggers for attempt in group], _epoch_logits(group)),
         best,
@@ -348,8 +346,7 @@ def _training_trainer(
         ),
     ]
     loggers = group[0].loggers if len(group) == 1 else False
-    own = {"gradient_clip_val": None, "gradient_clip_algorithm": None, "accumulate_grad_batches": 1}
     jobs = [attempt.job for attempt in group]
-    trainer = make_trainer(jobs, logger=loggers, callbacks=callbacks, enable_progress_bar=shows_bar, **own)
+    trainer = make_trainer(jobs, logger=loggers, callbacks=callbacks, enable_progress_bar=shows_bar, **STEPS_ARE_OURS)
     module.is_leaving, module.leave = heartbeat.is_leaving, lambda: last.save_and_leave(trainer, module)
     return trainer

@@ -7,19 +7,20 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from stl_lightning.errors import ConfigError
+from stl_lightning.training.trainer import is_usual
 
 
 def steps_an_epoch(settings: dict[str, Any], n_images: int, batch_size: int) -> int:
-    """Of the optimiser, by the settings of the Trainer."""
+    """Of the optimiser, by the settings of the Trainer, if it is not to leave out batches."""
     n_batches = -(-n_images // batch_size)
     return -(-n_batches // (settings.get("accumulate_grad_batches") or 1))
 
 
-def planned_epochs(settings: dict[str, Any], n_steps: int) -> float:
-    """Of `n_steps` each, up to `max_epochs` or `max_steps`; infinite if neither is set."""
-    units = {"max_epochs": 1.0, "max_steps": n_steps}
-    given = {name: settings.get(name) for name in units}
-    return min((value / units[name] for name, value in given.items() if value not in (None, -1)), default=math.inf)
+def planned_steps(settings: dict[str, Any], n_steps: int) -> float:
+    """Up to `max_epochs` of `n_steps` each, or `max_steps`; infinite where neither is a limit."""
+    units = {"max_epochs": n_steps, "max_steps": 1}
+    limits = [(settings.get(name), unit) for name, unit in units.items()]
+    return min((value * unit for value, unit in limits if value is not None and value >= 0), default=math.inf)
 
 
 def check_schedule(
@@ -27,19 +28,19 @@ def check_schedule(
 ) -> None:
     """Compare a schedule that has an end (OneCycleLR) with the training; says so if it goes on after it.
 
+    Not where settings leave out batches, or set no end to the training.
     Raises: ConfigError if the schedule ends first, which torch would find out in that step.
     """
-    if not isinstance(scheduler, OneCycleLR) or settings.get("fast_dev_run"):
+    limits = ("fast_dev_run", "limit_train_batches", "overfit_batches")
+    if not isinstance(scheduler, OneCycleLR) or not all(is_usual(settings, name) for name in limits):
         return
     n_steps = steps_an_epoch(settings, n_images, batch_size)
-    planned = planned_epochs(settings, n_steps) * (n_steps if interval == "step" else 1)
-    key = "model.lr_scheduler.init_args.total_steps"
-    if scheduler.total_steps < planned < math.inf:
-        raise ConfigError(
-            f"{key}: expected {planned:.0f}, the {interval}s of the training; got {scheduler.total_steps}"
-        )
-    if planned < scheduler.total_steps:
-        text = (
-            f"{key}: {scheduler.total_steps} {interval}s, but the training ends after {planned:.0f}, within the cycle"
-        )
-        print(text, file=sys.stderr)
+    planned = planned_steps(settings, n_steps)
+    if planned == math.inf:
+        return
+    planned = planned if interval == "step" else math.ceil(planned / n_steps)
+    total, key = scheduler.total_steps, "model.lr_scheduler.init_args.total_steps"
+    if total < planned:
+        raise ConfigError(f"{key} (or epochs times steps_per_epoch): expected {planned}, the {interval}s; got {total}")
+    if total > planned:
+        print(f"{key}: {total} {interval}s, but the training ends after {planned}, within the cycle", file=sys.stderr)

@@ -66,17 +66,27 @@ def make_trainer(jobs: Sequence[BranchJob], **own: Any) -> Trainer:
     return _trainer(first.trainer_settings, first.local_rank, [files], default_root_dir=first.paths.folder, **own)
 
 
-def try_trainer(settings: dict[str, Any], local_rank: int = 0) -> None:
-    """Make a Trainer with these settings, to find out whether one can be made.
+def try_trainer(settings: dict[str, Any]) -> None:
+    """Make a Trainer for training with these settings, to find out whether one can be made.
 
     Raises: ConfigError as `check_trainer_settings`, and for what Lightning does not take.
     """
+    callbacks = users_callbacks(settings, shows_bar=False)
     try:
-        _trainer(settings, local_rank, [], logger=False, enable_checkpointing=False)
+        _trainer(settings, 0, [], logger=False, enable_progress_bar=False, callbacks=callbacks, **STEPS_ARE_OURS)
     except ConfigError:
         raise
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"trainer: {error}") from error
+
+
+# Settings of steps that Lightning must not see: the module makes the steps.
+STEPS_ARE_OURS = {"gradient_clip_val": None, "gradient_clip_algorithm": None, "accumulate_grad_batches": 1}
+
+
+def users_callbacks(settings: dict[str, Any], shows_bar: bool) -> list[Callback]:
+    """Those of the settings, but for a progress bar where none is shown."""
+    return [one for one in settings.get("callbacks") or [] if shows_bar or not isinstance(one, ProgressBar)]
 
 
 def _trainer(settings: dict[str, Any], local_rank: int, plugins: Sequence[Any], **own: Any) -> Trainer:
@@ -103,9 +113,14 @@ BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
 
 def chunks(settings: dict[str, Any]) -> bool:
     """Whether minibatches may be handed to Lightning many at a time: not where a setting counts or sees each one."""
-    counts = any(settings.get(name, usual[0]) not in usual for name, usual in USUAL.items())
+    counts = not all(is_usual(settings, name) for name in USUAL)
     counts |= settings.get("check_val_every_n_epoch", 1) is None
     return not counts and not any(_sees_batches(callback) for callback in settings.get("callbacks") or [])
+
+
+def is_usual(settings: dict[str, Any], name: str) -> bool:
+    """Whether one of the settings in `USUAL` was left alone."""
+    return settings.get(name, USUAL[name][0]) in USUAL[name]
 
 
 def _sees_batches(callback: Callback) -> bool:

@@ -27,7 +27,6 @@ class Variant:
 class Experiment:
     """A recipe (a config and what is set beside it), how many seeds it takes, and what it is compared with.
 
-    `n_test`: test images.
     `folder`: where its images lie inside the folder of all data sets.
     `poster`: accuracy in percent in its Table 1, a number for each of COLUMNS.
     `goal`: what the ensemble's accuracy is to reach.
@@ -37,7 +36,6 @@ class Experiment:
     group: str  # what the command line calls it, with others of the same data
     config: str
     seeds: int
-    n_test: int
     settings: Settings = ()
     folder: str = ""
     poster: tuple[float, float, float, float] | None = None
@@ -110,7 +108,6 @@ EXPERIMENTS = {
         "digits",
         "configs/digits.yaml",
         seeds=3,
-        n_test=359,
         variants=controls(3) | unsplit(3, "MLP", depth=3, width=119),
     ),
     "mnist-poster": Experiment(
@@ -118,7 +115,6 @@ EXPERIMENTS = {
         "mnist",
         "configs/mnist.yaml",
         seeds=5,
-        n_test=10_000,
         poster=(82.74, 96.32, 98.36, 98.71),
         variants=controls(3) | unsplit(3, "MLP", depth=8, width=158),
     ),
@@ -127,7 +123,6 @@ EXPERIMENTS = {
         "cifar10",
         "configs/cifar10.yaml",
         seeds=3,
-        n_test=10_000,
         settings=("--trainer.max_epochs=2", *FAST),
         poster=(81.67, 85.54, 89.64, 91.86),
         variants=controls(1),
@@ -137,7 +132,6 @@ EXPERIMENTS = {
         "photos",
         "configs/imagenet.yaml",
         seeds=1,
-        n_test=400,
         # 1,400 photographs of 10 classes to train with, not 1.2 million: 64x64 pixels, small batches.
         settings=(
             *("--data.source=imagefolder", "--data.image_size=64", "--data.val_size=200", "--data.num_workers=0"),
@@ -154,7 +148,6 @@ EXPERIMENTS = {
         "mnist",
         "configs/mnist-best.yaml",
         seeds=3,
-        n_test=10_000,
         goal=98.9,
         variants=controls(1, 4) | reads(1, 1, 2, 8, 16) | sizes(1, {"0-2": {"width": 400}, "3-15": {"width": 208}}),
     ),
@@ -163,7 +156,6 @@ EXPERIMENTS = {
         "mnist",
         "configs/mnist-conv.yaml",
         seeds=3,
-        n_test=10_000,
         goal=99.3,
         variants=controls(1, 4, THREE_EPOCHS, ", 3 epochs")
         | reads(1, 1, 2, 4, also=THREE_EPOCHS, note=", 3 epochs")
@@ -174,7 +166,6 @@ EXPERIMENTS = {
         "cifar10",
         "configs/cifar10-best.yaml",
         seeds=3,
-        n_test=10_000,
         goal=92.0,
         variants=controls(1, 3, TWO_EPOCHS, ", 2 epochs")
         | reads(1, 1, 2, 3, 4, also=TWO_EPOCHS, note=", 2 epochs")
@@ -183,3 +174,4 @@ EXPERIMENTS = {
     ),
 }
 GROUPS = sorted({experiment.group for experiment in EXPERIMENTS.values()})
+N_TEST = {"digits": 359, "mnist": 10_000, "cifar10": 10_000, "photos": 400}  # test images

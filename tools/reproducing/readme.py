@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from reproducing.experiments import COLUMNS, EXPERIMENTS
+from reproducing.experiments import COLUMNS, EXPERIMENTS, N_TEST
 from reproducing.files import read_json
 
 Row = Mapping[str, Any]
@@ -53,7 +53,7 @@ def n_branches(record: Row) -> int:
 
 MADE = (
     *("", "command", "seeds", "all branches in", "the baseline in", "weights chosen"),
-    *("standard error of the test set", "NLL", "ECE", "goal"),
+    *("standard error of Ens.", "NLL", "ECE", "goal"),
 )
 
 
@@ -68,7 +68,7 @@ def how_made(name: str, record: Row) -> list[str]:
         f"{seconds(record['elapsed_s'])}, {processes} process{'' if processes == '1' else 'es'}",
         seconds(baseline["elapsed_s"]),
         ", ".join(dict.fromkeys(record["chosen"]["values"])),
-        f"{standard_error(record['ensemble']['mean'], EXPERIMENTS[name].n_test):.2f}",
+        f"{standard_error(record['ensemble']['mean'], N_TEST[EXPERIMENTS[name].group]):.2f}",
         f"{record['nll']['mean']:.4f}",
         f"{record['ece']['mean']:.4f}",
         goal(record),

@@ -1,6 +1,5 @@
 """What one training gave, a row for the JSON of its experiment: accuracies in percent, costs, what was chosen."""
 
-import json
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from benchmarks.machine import machine, versions
 
+from reproducing.files import read_json
 from reproducing.train import CHECKOUT, Training
 
 SIZES = ("n_parameters", "weight_bytes", "multiply_adds", "activation_bytes", "bytes_read_epoch")
@@ -69,7 +69,7 @@ def sizes(costs: Row) -> Row:
 
 def elapsed_s(branches: Path) -> float | None:
     """From the start of the first branch to the end of the last; None if any was interrupted, or is not there."""
-    found = [json.loads(path.read_text()) for path in branches.glob("*/status.json")]
+    found = [read_json(path) for path in branches.glob("*/status.json")]
     if not found or any(status["attempt"] > 1 or status["state"] != "finished" for status in found):
         return None
     ended, started = (choose(status[key] for status in found) for choose, key in ((max, "heartbeat"), (min, "started")))
@@ -79,24 +79,36 @@ def elapsed_s(branches: Path) -> float | None:
 def n_processes(run: Path) -> int:
     """That trained the branches side by side: those of `stl launch --local`, or one."""
     launches = run / "launch.json"
-    return int(json.loads(launches.read_text())[-1]["n_workers"]) if launches.exists() else 1
+    return int(read_json(launches)[-1]["n_workers"]) if launches.exists() else 1
 
 
 def read_results(run: Path) -> Row:
-    found: Row = json.loads((run / "ensemble" / "results.json").read_text())
+    found: Row = read_json(run / "ensemble" / "results.json")
     return found
 
 
 def slices_per_branch(run: Path) -> int:
-    settings = json.loads((run / "run.json").read_text())["settings"]
+    settings = read_json(run / "run.json")["settings"]
     return len(settings["common_slices"] or []) or int(settings["slices_per_branch"])
 
 
-def commit() -> str | None:
-    """Of this checkout, `-dirty` where files differ from it; None where git does not know it."""
-    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    return found.stdout.strip() or None
+def commit(checkout: Path = CHECKOUT) -> str | None:
+    """That is checked out when the row is recorded, and `-dirty` if a file has changed since that is no result.
+
+    None where git does not know the checkout.
+    """
+
+    def git(*args: str) -> str | None:
+        try:
+            found = subprocess.run(["git", "-C", str(checkout), *args], capture_output=True, text=True)
+        except OSError:  # there is no git
+            return None
+        return found.stdout.strip() if found.returncode == 0 else None
+
+    if git("rev-parse", "--show-toplevel") != str(checkout.resolve()) or not (head := git("rev-parse", "HEAD")):
+        return None
+    changed = git("status", "--porcelain", "--", ".", ":!tools/results", ":!README.md")
+    return head[:12] + ("-dirty" if changed else "")
 
 
 def where_trained() -> str:
