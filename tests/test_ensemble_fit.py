@@ -98,6 +98,7 @@ class TestAuto:
     def test_a_single_member_has_weight_one(self) -> None:
         logits, labels = outputs()
         alone = fit_ensemble(logits[3:, :, [1, 2, 0]], labels, (11,))  # maps would set its classes right
+        assert [(score["weighting"], score["space"]) for score in alone.cv] == [("uniform", "log_prob")]
         assert (alone.weights.tolist(), alone.members) == ([1.0], (11,))
 
 

@@ -188,6 +188,7 @@ def test_lost_members_and_few_members(space: str, jobs: list[BranchJob]) -> None
     few = results["by_members"]
     of_branches = {row["branch"]: row["val"]["accuracy"] for row in results["branches"]}
     ranked = sorted(of_branches, key=lambda branch: -of_branches[branch])
+    assert results["highest_branch"] == ranked[0]
     assert [set(row["branches"]) for row in few] == [set(ranked[:n]) for n in range(1, 5)]
     assert {(row["weighting"], row["space"]) for row in few} == {("uniform", space)}
     assert accuracy_of(few) == pytest.approx([mean_of(ranked[:n]) for n in range(1, 5)])

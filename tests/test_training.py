@@ -348,7 +348,9 @@ def test_a_schedule_is_as_long_as_the_training(
         return
     assert check(expected) == ""
     assert f"ends after {expected}," in check(expected + 1)
-    with pytest.raises(ConfigError, match=f"expected {expected}, the {interval}s; got {expected - 1}"):
+    with pytest.raises(
+        ConfigError, match=f"expected {expected}, so many {interval}s has the training; got {expected - 1}"
+    ):
         check(expected - 1)
 
 

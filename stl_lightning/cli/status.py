@@ -127,11 +127,14 @@ def _summary(state: RunState) -> str:
 
 def _cure(state: RunState) -> str:
     """What the user may do now, of a run at which nothing is at work."""
-    if not state.exit_code or state.is_in_work or state.those("unreadable"):
+    folder = shlex.quote(str(state.paths.folder))
+    if state.is_in_work or state.those("unreadable"):
         return ""
+    if not state.exit_code:
+        return f"; `stl ensemble {folder}` makes it" if state.ensemble == "missing" else ""
     if not state.launches:
         return "; the command that started it goes on"
-    return f"; `stl resubmit {shlex.quote(str(state.paths.folder))}` goes on"
+    return f"; `stl resubmit {folder}` goes on"
 
 
 def as_time(seconds: float) -> str:

@@ -182,7 +182,7 @@ def _at_most(n: int, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def find_candidates(weighting: str, space: str, n_members: int, n_classes: int) -> list[Candidate]:
-    """The pairs to try, the simplest first; one pair if neither setting is `auto`."""
+    """The pairs to try, the simplest first; one pair if neither setting is `auto`, or one member needs no weights."""
     if weighting not in (AUTO, *WEIGHTINGS):
         raise unknown("ensemble.weighting", weighting, [AUTO, *WEIGHTINGS])
     if space != AUTO:
@@ -193,15 +193,12 @@ def find_candidates(weighting: str, space: str, n_members: int, n_classes: int) 
     if not candidates:
         valid = ", ".join(WEIGHTINGS[weighting].spaces)
         raise ConfigError(f"ensemble.space: weighting {weighting!r} works in {valid}; received {space!r}")
-    return candidates
+    return candidates if n_members > 1 else candidates[:1]
 
 
 def _searched(n_members: int, n_classes: int) -> list[str]:
     """The weightings that `auto` tries."""
-    names = [
-        name for name, row in WEIGHTINGS.items() if n_members * n_classes ** (row.axes - 1) <= MAX_SEARCHED_WEIGHTS
-    ]
-    return names if n_members > 1 else names[:1]  # one member has nothing to be weighed against
+    return [name for name, row in WEIGHTINGS.items() if n_members * n_classes ** (row.axes - 1) <= MAX_SEARCHED_WEIGHTS]
 
 
 def _check(logits: Tensor, labels: Tensor, members: Sequence[int], n_folds: int) -> None:

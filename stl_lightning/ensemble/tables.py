@@ -49,14 +49,14 @@ def lost_rows(ensemble: FittedEnsemble, test: Outputs) -> dict[str, list[Row]]:
 
 
 def by_members_rows(ensemble: FittedEnsemble, val: Outputs, test: Outputs) -> list[Row]:
-    """The n members of the highest validation accuracy, n = 1..b, weights and temperature fitted to them anew.
+    """The n members of the highest validation accuracy (of equal ones the first), n = 1..b, fitted anew.
 
     By the weighting of the ensemble, if it gives one number a member; otherwise by `simplex`, which others are shrunk
     to, because affine maps for every n would take as long as all the rest. Each row says which.
     """
     weighting = ensemble.weighting if WEIGHTINGS[ensemble.weighting].axes == 1 else "simplex"
-    of_each = [scores(Outputs(logits, val.labels)) for logits in val.logits]
-    best_first = sorted(range(len(of_each)), key=lambda i: (-of_each[i]["accuracy"], of_each[i]["nll"]))
+    of_each = [scores(Outputs(logits, val.labels))["accuracy"] for logits in val.logits]
+    best_first = sorted(range(len(of_each)), key=lambda i: -of_each[i])
     rows = []
     for n in range(1, len(best_first) + 1):
         kept = sorted(best_first[:n])

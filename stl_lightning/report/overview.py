@@ -30,6 +30,7 @@ def draw_overview(figure: "Figure", material: Material) -> None:
     page.set_axis_off()
     middle = FOOT + (height - HEAD - FOOT) / 2
     top = middle + ROW * (len(shown) - 1) / 2
+    ys = {row["branch"]: top - ROW * i for i, row in enumerate(shown) if row is not None}  # of a slice and its branch
     _heads(page, material, height)
     _image(figure, page, material, middle)
     for i, row in enumerate(shown):
@@ -38,6 +39,8 @@ def draw_overview(figure: "Figure", material: Material) -> None:
             page.text(sum(BRANCH) / 2, y, "⋮", ha="center", va="center", fontsize=14)
         else:
             _branch(figure, page, material, row, y, middle)
+            for also_read in (ys[k] for k in row["slices"][1:] if k in ys):
+                page.plot([SLICE[1] + 0.04, BRANCH[0]], [also_read, y], color=GREY, linewidth=0.5, alpha=0.6)
     _sum(page, material, middle)
     _foot(page, material)
 

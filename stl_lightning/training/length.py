@@ -41,6 +41,9 @@ def check_schedule(
     planned = planned if interval == "step" else math.ceil(planned / n_steps)
     total, key = scheduler.total_steps, "model.lr_scheduler.init_args.total_steps"
     if total < planned:
-        raise ConfigError(f"{key} (or epochs times steps_per_epoch): expected {planned}, the {interval}s; got {total}")
+        raise ConfigError(
+            f"{key} (or epochs times steps_per_epoch): expected {planned}, so many {interval}s has the training; "
+            f"got {total}"
+        )
     if total > planned:
         print(f"{key}: {total} {interval}s, but the training ends after {planned}, within the cycle", file=sys.stderr)

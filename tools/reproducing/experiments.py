@@ -39,7 +39,7 @@ class Experiment:
     settings: Settings = ()
     folder: str = ""
     poster: tuple[float, float, float, float] | None = None
-    poster_on: str = ""  # data, where they are others
+    poster_on: str = ""  # which data
     goal: float | None = None
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
@@ -73,7 +73,9 @@ def unsplit(n_seeds: int, network: str, **options: object) -> dict[str, Variant]
     """The conventional network with as many multiply-adds as all branches together."""
     settings = [f"--baseline.network=stl_lightning.networks.{network}"]
     settings += [f"--baseline.network.init_args.{name}={value}" for name, value in options.items()]
-    return {"unsplit": Variant("unsplit network of equal cost", tuple(settings), n_seeds, only_baseline=True)}
+    return {
+        "unsplit": Variant("conventional network of equal multiply-adds", tuple(settings), n_seeds, only_baseline=True)
+    }
 
 
 def shorter(n_seeds: int, also: Settings, note: str) -> dict[str, Variant]:
@@ -116,19 +118,21 @@ EXPERIMENTS = {
         "configs/mnist.yaml",
         seeds=5,
         poster=(82.74, 96.32, 98.36, 98.71),
+        poster_on="MNIST, B = 16",
         variants=controls(3) | unsplit(3, "MLP", depth=8, width=158),
     ),
     "cifar10-poster": Experiment(
-        "CIFAR-10, B = 4, the poster's settings in 2 epochs",
+        "CIFAR-10, B = 4, the poster's settings in 2 epochs and bfloat16",
         "cifar10",
         "configs/cifar10.yaml",
         seeds=3,
         settings=("--trainer.max_epochs=2", *FAST),
         poster=(81.67, 85.54, 89.64, 91.86),
+        poster_on="CIFAR-10, B = 4, in 300 epochs",
         variants=controls(1),
     ),
     "photos-poster": Experiment(
-        "2,000 photographs, B = 16, the poster's ImageNet settings in 10 epochs from a learning rate of 0.001",
+        "2,000 photographs, B = 16, the poster's ImageNet settings in 10 epochs, bfloat16, learning rate 0.001",
         "photos",
         "configs/imagenet.yaml",
         seeds=1,
@@ -142,7 +146,7 @@ EXPERIMENTS = {
         ),
         folder="imagenette-small",
         poster=(45.48, 56.82, 61.24, 62.62),
-        poster_on="ImageNet-1K",
+        poster_on="ImageNet-1K, B = 16",
         variants=controls(1),
     ),
     "mnist-best": Experiment(

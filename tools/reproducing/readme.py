@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from reproducing.experiments import COLUMNS, EXPERIMENTS, N_TEST
-from reproducing.files import read_json
+from reproducing.files import read_record
 
 Row = Mapping[str, Any]
 
@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 def read_records(folder: Path) -> dict[str, Row]:
     """Those experiments whose recipe has been carried out, in the order of the table."""
     files = {name: folder / f"{name}.json" for name in EXPERIMENTS}
-    found = {name: read_json(file) for name, file in files.items() if file.exists()}
+    found = {name: read_record(file) for name, file in files.items() if file.exists()}
     return {name: record for name, record in found.items() if record["seeds"]}
 
 
@@ -24,8 +24,7 @@ def results(records: Mapping[str, Row]) -> str:
     for record in records.values():
         if record["poster"]:
             cells = [f"{record['poster'][column]:.2f}" for column in COLUMNS]
-            data = f" on {record['poster_on']}" if record["poster_on"] else ""
-            rows.append([f"{record['title']}: the poster{data}", "", "", *cells, ""])
+            rows.append([f"the poster: {record['poster_on']}", "", "", *cells, ""])
         sizes = record["costs"]
         of = [f"{sizes[part]['n_parameters']:,}" for part in ("branch", "baseline") if part in sizes]
         n = record["ensemble"]["n"]
@@ -102,7 +101,7 @@ def above(record: Row) -> str:
     if not common:
         return ""
     lead = fmean(ours[seed] - theirs[seed] for seed in common)
-    return f"; above the baseline of equal cost: {'met' if lead > 0 else 'missed'} ({lead:+.2f})"
+    return f"; above the baseline of equal multiply-adds: {'met' if lead > 0 else 'missed'} ({lead:+.2f})"
 
 
 def seconds(found: Row) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock
 
 from reproducing.experiments import COLUMNS, RECIPE, Experiment
-from reproducing.files import read_json, write
+from reproducing.files import read_record, write
 from reproducing.train import Planned, Training
 
 SHARED = ("trained", "slices_per_branch", "costs")  # what the seeds of a row have in common
@@ -109,7 +109,7 @@ def as_text(record: Row) -> str:
 
 def read_rows(file: Path, planned: Planned) -> tuple[Rows, list[str]]:
     """What was recorded as it would be trained today; and for each row that was not, in words, what differs."""
-    rows = rows_of(read_json(file)) if file.exists() else {}
+    rows = rows_of(read_record(file)) if file.exists() else {}
     others = [f"{key}: no row of the experiment any more" for key in rows if key not in planned]
     rows = {key: seeds for key, seeds in rows.items() if key in planned}
     for key, seeds in rows.items():
