@@ -122,7 +122,7 @@ EXPERIMENTS = {
         variants=controls(3) | unsplit(3, "MLP", depth=8, width=158),
     ),
     "cifar10-poster": Experiment(
-        "CIFAR-10, B = 4, the poster's settings in 2 epochs and bfloat16",
+        "CIFAR-10, B = 4, the poster's settings in 2 epochs",
         "cifar10",
         "configs/cifar10.yaml",
         seeds=3,
@@ -132,7 +132,7 @@ EXPERIMENTS = {
         variants=controls(1),
     ),
     "photos-poster": Experiment(
-        "2,000 photographs, B = 16, the poster's ImageNet settings in 10 epochs, bfloat16, learning rate 0.001",
+        "2,000 photographs, B = 16, 10 epochs",
         "photos",
         "configs/imagenet.yaml",
         seeds=1,
