@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_ROWS = 16  # branches that there is room for
+MOST_READING = 8  # rows, up to which a line shows every slice that a branch reads
 # All in inches.
 ROW, HEAD, FOOT = 0.6, 0.62, 0.66
 IMAGE, SLICE, BRANCH, WEIGHT, SUM = (0.12, 1.42), (2.0, 2.5), (2.85, 4.85), (5.35, 6.05), (6.85, 8.38)  # columns
@@ -39,7 +40,7 @@ def draw_overview(figure: "Figure", material: Material) -> None:
             page.text(sum(BRANCH) / 2, y, "⋮", ha="center", va="center", fontsize=14)
         else:
             _branch(figure, page, material, row, y, middle)
-            for also_read in (ys[k] for k in row["slices"][1:] if k in ys):
+            for also_read in (ys[k] for k in row["slices"][1:] if k in ys and len(shown) <= MOST_READING):
                 page.plot([SLICE[1] + 0.04, BRANCH[0]], [also_read, y], color=GREY, linewidth=0.5, alpha=0.6)
     _sum(page, material, middle)
     _foot(page, material)
