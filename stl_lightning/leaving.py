@@ -40,7 +40,7 @@ def listening(environ: Mapping[str, str] | None = None) -> Iterator[None]:
 def at_once(environ: Mapping[str, str] | None = None) -> Iterator[None]:
     """Have the signals that ask to leave end what has nothing to save, where it stands.
 
-    Raises: LeaveError when one comes, or has come before. ConfigError as `signals`.
+    Raises: LeaveError when one comes, or has come before; KeyboardInterrupt at a second. ConfigError as `signals`.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:

@@ -330,6 +330,8 @@ LENGTHS = [
     ({"max_epochs": None, "max_steps": 29}, "step", 29),
     ({"max_epochs": -1}, "step", None),
     ({"max_epochs": 3, "limit_train_batches": 10}, "step", None),
+    ({"max_epochs": 3, "limit_train_batches": 1}, "step", None),
+    ({"max_epochs": 3, "limit_train_batches": 1.0}, "step", 3 * 12),
 ]
 
 

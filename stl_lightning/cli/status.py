@@ -131,7 +131,7 @@ def _cure(state: RunState) -> str:
     if state.is_in_work or state.those("unreadable"):
         return ""
     if not state.exit_code:
-        return f"; `stl ensemble {folder}` makes it" if state.ensemble == "missing" else ""
+        return f"; `stl ensemble {folder}` makes it" if state.ensemble in ("missing", "outdated") else ""
     if not state.launches:
         return "; the command that started it goes on"
     return f"; `stl resubmit {folder}` goes on"

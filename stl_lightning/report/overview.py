@@ -31,7 +31,7 @@ def draw_overview(figure: "Figure", material: Material) -> None:
     page.set_axis_off()
     middle = FOOT + (height - HEAD - FOOT) / 2
     top = middle + ROW * (len(shown) - 1) / 2
-    ys = {row["branch"]: top - ROW * i for i, row in enumerate(shown) if row is not None}  # of a slice and its branch
+    ys = {row["slices"][0]: top - ROW * i for i, row in enumerate(shown) if row is not None}  # of the slice in a row
     _heads(page, material, height)
     _image(figure, page, material, middle)
     for i, row in enumerate(shown):

@@ -71,9 +71,10 @@ def try_trainer(settings: dict[str, Any]) -> None:
 
     Raises: ConfigError as `check_trainer_settings`, and for what Lightning does not take.
     """
-    callbacks = users_callbacks(settings, shows_bar=False)
+    shows_bar = settings.get("enable_progress_bar") is not False
+    own = {"enable_progress_bar": shows_bar, "callbacks": users_callbacks(settings, shows_bar), "logger": False}
     try:
-        _trainer(settings, 0, [], logger=False, enable_progress_bar=False, callbacks=callbacks, **STEPS_ARE_OURS)
+        _trainer(settings, 0, [], **own, **STEPS_ARE_OURS)
     except ConfigError:
         raise
     except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
@@ -119,8 +120,9 @@ def chunks(settings: dict[str, Any]) -> bool:
 
 
 def is_usual(settings: dict[str, Any], name: str) -> bool:
-    """Whether one of the settings in `USUAL` was left alone."""
-    return settings.get(name, USUAL[name][0]) in USUAL[name]
+    """Whether one of the settings in `USUAL` was left alone. A whole number counts batches: 1.0 is all, 1 is one."""
+    value = settings.get(name, USUAL[name][0])
+    return any(value == usual and type(value) is type(usual) for usual in USUAL[name])
 
 
 def _sees_batches(callback: Callback) -> bool:

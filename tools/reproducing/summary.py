@@ -93,7 +93,7 @@ def slices_per_branch(run: Path) -> int:
 
 
 def commit(checkout: Path = CHECKOUT) -> str | None:
-    """That is checked out when the row is recorded, and `-dirty` if a file has changed since that is no result.
+    """That is checked out when the row is recorded, and `-dirty` if a file has changed since but results and README.
 
     None where git does not know the checkout.
     """
@@ -108,7 +108,7 @@ def commit(checkout: Path = CHECKOUT) -> str | None:
     if git("rev-parse", "--show-toplevel") != str(checkout.resolve()) or not (head := git("rev-parse", "HEAD")):
         return None
     changed = git("status", "--porcelain", "--", ".", ":!tools/results", ":!README.md")
-    return head[:12] + ("-dirty" if changed else "")
+    return head[:12] + ("" if changed == "" else "-dirty")
 
 
 def where_trained() -> str:
