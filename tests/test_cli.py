@@ -97,6 +97,25 @@ def test_a_schedule_that_outlives_the_training_is_told(tmp_path: Path, capfd: Ca
     assert "total_steps: 71 steps, but the training ends after 36" in capfd.readouterr().err
 
 
+def test_a_precision_that_is_emulated_is_told(tmp_path: Path, capfd: Capture) -> None:
+    """On this machine, where it is, as its clock says."""
+    assert stl("fit", tmp_path, "--trainer.precision=bf16-mixed", "--run.branches=[0]") == 0
+    assert ("32-true is many times faster" in capfd.readouterr().err) == (slowdown_of_bfloat16() > 3)
+
+
+def slowdown_of_bfloat16() -> float:
+    """Of a convolution layer, against float32."""
+    images, layer = torch.randn(64, 64, 16, 16), torch.nn.Conv2d(64, 64, 3)
+
+    def seconds(enabled: bool) -> float:
+        start = time.perf_counter()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            layer(images)
+        return time.perf_counter() - start
+
+    return min(seconds(True) for _ in range(5)) / min(seconds(False) for _ in range(5))
+
+
 TYPOS = {
     "data: {sorce: digits}": "did you mean data.source in place of data.sorce?",
     "modle: {channels_last: true}": "did you mean model.channels_last in place of modle.channels_last?",

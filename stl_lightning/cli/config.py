@@ -24,7 +24,14 @@ from stl_lightning.ranks import RankInfo
 from stl_lightning.run import Run, RunOptions, claim_run
 from stl_lightning.strategy import pick_device
 from stl_lightning.tracking import TrackingOptions
-from stl_lightning.training import BranchJob, check_schedule, check_trainer_settings, different_settings, try_trainer
+from stl_lightning.training import (
+    BranchJob,
+    check_precision,
+    check_schedule,
+    check_trainer_settings,
+    different_settings,
+    try_trainer,
+)
 
 PASSED_ON = (
     "data.root", "data.store", "data.num_workers", "data.eval_batch_size", "trainer.accelerator", "tracking.",
@@ -108,7 +115,7 @@ class SpectralCLI(LightningCLI):
         Raises: ConfigError and DataError, also from the constructors of the network and the optimiser.
         """
         check_trainer_settings(dict(self.config.trainer))
-        pick_device(self.config.trainer.accelerator, local_rank=0)
+        device = pick_device(self.config.trainer.accelerator, local_rank=0)
         built = self.parser.instantiate(self.config)  # constructs the options, which check themselves
         try_trainer(_with_list(dict(built.trainer)))
         ensemble = self.ensemble_options
@@ -124,6 +131,7 @@ class SpectralCLI(LightningCLI):
         if module.scheduler_factory is not None:
             _, (scheduler,) = made
             check_schedule(scheduler, module.lr_interval, dict(built.trainer), data.n_train_images, data.batch_size)
+        check_precision(self.config.trainer.precision, device)
 
     def claim(self) -> Run:
         """Open the run directory for this config, if nothing is wrong with it."""
