@@ -21,13 +21,13 @@ def draw_members(figure: "Figure", material: Material) -> None:
     best = results["by_members"]
     axis.plot(
         [row["n"] for row in best], percent([row["test"]["accuracy"] for row in best]), "o-", color=BLUE,
-        label="the best n by validation accuracy, weights fitted anew",
+        label=f"the best n by validation accuracy, {best[-1]['weighting']} weights fitted anew",
     )  # fmt: skip
     lost = results.get("lost", {}).get("worst", [])
     if lost:
-        n_left = [len(results["members"]) - row["k"] for row in lost]
-        accuracy = percent([row["test"]["accuracy"] for row in lost])
-        axis.plot(n_left, accuracy, "s--", color=ORANGE, label="the heaviest lost first, nothing fitted anew")
+        n_left = [len(results["members"]) - k for k in (0, *(row["k"] for row in lost))]
+        accuracy = percent([scores["accuracy"] for scores in (results["ensemble"], *(row["test"] for row in lost))])
+        axis.plot(n_left, accuracy, "s--", color=ORANGE, label="the ensemble, the heaviest lost first")
     axis.axhline(100 * results["highest"], color=GREY, linestyle=":", label="best branch")
     if material.baseline:
         axis.axhline(100 * material.baseline["accuracy"], label="baseline", **BASELINE)
