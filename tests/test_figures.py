@@ -82,7 +82,10 @@ def material(case: str) -> Material:
         "baseline": scores(0.96) if has_baseline else None, "weighting": "inverse_loss", "space": "log_prob",
         "traffic": {"bytes_sent": 1_234_567 if n_missing else 0},
         "disagreement": disagreement(torch.from_numpy(np.stack([x[-1] for x in of_members]))).tolist(),
-        "by_members": [{"n": i + 1, "weighting": "simplex", "test": scores(0.9 + 0.05 * i / len(members))} for i in range(len(members))],
+        "by_members": [
+            {"n": i + 1, "weighting": "simplex", "test": scores(0.9 + 0.05 * i / len(members))}
+            for i in range(len(members))
+        ],
         "lost": {"worst": [{"k": k, "test": scores(0.9 - 0.4 * k / len(members))} for k in range(1, len(members))]},
     }  # fmt: skip
     return Material(

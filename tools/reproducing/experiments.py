@@ -78,6 +78,12 @@ def unsplit(n_seeds: int, network: str, **options: object) -> dict[str, Variant]
     }
 
 
+def stacked(n_seeds: int) -> dict[str, Variant]:
+    """The conventional network with the affine correction of its outputs that an ensemble gets from stacking."""
+    title, settings = "the conventional network, stacking on its outputs", ("--ensemble.weighting=stacking",)
+    return {"baseline-stacked": Variant(title, settings, n_seeds, only_baseline=True)}
+
+
 def shorter(n_seeds: int, also: Settings, note: str) -> dict[str, Variant]:
     """The conventional network beside variants in fewer epochs."""
     return {"baseline-short": Variant(f"the conventional network{note}", also, n_seeds, only_baseline=True)}
@@ -129,7 +135,7 @@ EXPERIMENTS = {
         settings=("--trainer.max_epochs=2", *FAST),
         poster=(81.67, 85.54, 89.64, 91.86),
         poster_on="CIFAR-10, B = 4, in 300 epochs",
-        variants=controls(1),
+        variants=controls(1) | stacked(1),
     ),
     "photos-poster": Experiment(
         "2,000 photographs, B = 16, 10 epochs",
