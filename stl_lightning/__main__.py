@@ -74,6 +74,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `stl completion bash | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it when it ends)
         return FAILED if name in TRAINING else DONE
+    except OSError as error:  # such as a folder of somebody else's
+        print(f"stl {name}: error: {error}", file=sys.stderr)
+        return REFUSED
     except KeyboardInterrupt:
         print(f"stl {name}: interrupted; the same command resumes", file=sys.stderr)
         return 130

@@ -186,6 +186,10 @@ class SpectralDataModule(LightningDataModule):
         """Training images without those of the validation split."""
         return len(self._split("train"))
 
+    @property
+    def n_val_images(self) -> int:
+        return len(self._split("val"))
+
     def setup(self, stage: str | None = None) -> None:
         """Read the training data and estimate what is fitted to them: KLT, mean and deviation."""
         if self._statistics is None:
@@ -252,7 +256,9 @@ class SpectralDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         slices = self.slices_in("train", training=True)
-        return ResumableLoader(slices, self.batch_size, self.seed, self._workers_for(slices), self.chunk)
+        loader = ResumableLoader(slices, self.batch_size, self.seed, self._workers_for(slices), self.chunk)
+        loader.is_same_order = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
+        return loader
 
     def val_dataloader(self) -> ResumableLoader:
         return self.loader("val")

@@ -1,6 +1,9 @@
 """The exceptions a user may see. Each message states what was expected, what was received and the setting to change."""
 
+import contextlib
+import sys
 from collections.abc import Iterable
+from typing import TextIO
 
 
 class STLError(Exception):
@@ -41,6 +44,12 @@ class DivergedError(STLError):
 
 class CommunicationError(STLError, RuntimeError):
     """A rank was about to talk to another rank, which this method never does."""
+
+
+def say(text: str, where: TextIO | None = None) -> None:
+    """Print at once, to stderr if not told otherwise; what cannot be written must not end the training of a branch."""
+    with contextlib.suppress(OSError):
+        print(text, file=where or sys.stderr, flush=True)
 
 
 def unknown(setting: str, received: object, valid: Iterable[str]) -> ConfigError:

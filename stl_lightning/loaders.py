@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from stl_lightning.errors import STLError
+
 
 class BatchSource(Protocol):
     """Labelled examples that are fetched a batch at a time."""
@@ -45,6 +47,11 @@ def epoch_order(n_examples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n_examples, generator=generator)
 
 
+def n_training_images(n_examples: int, batch_size: int) -> int:
+    """All of them; but a last batch of one is left out, because BatchNorm finds no variance in it."""
+    return n_examples - (n_examples > batch_size > 1 and n_examples % batch_size == 1)
+
+
 class ResumableLoader:
     """Iterates over the batches of the current epoch, in training order or (without a seed) in stored order.
 
@@ -67,6 +74,7 @@ class ResumableLoader:
         self.seed = seed
         self.num_workers = num_workers
         self.chunk = chunk
+        self.is_same_order = False  # whether every epoch has the order of the first, as to overfit a few batches
         self.epoch = 0
         self.position = 0  # batches handed out since the epoch began
         self._resume_at: tuple[int, int] | None = None
@@ -88,10 +96,8 @@ class ResumableLoader:
         return -(-self.n_batches // (self.chunk or 1))
 
     def _n_used(self) -> int:
-        """All examples; but a last training batch of one is left out, because BatchNorm finds no variance in it."""
         n = len(self.source)
-        is_alone = self.seed is not None and n > self.batch_size > 1 and n % self.batch_size == 1
-        return n - is_alone
+        return n if self.seed is None else n_training_images(n, self.batch_size)
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: Lightning creates the iterator before it sets the epoch, and asks for the first batch after.
@@ -121,22 +127,22 @@ class ResumableLoader:
 
     def _batches(self, epoch: int | None, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         n = len(self.source)
-        order = torch.arange(n) if self.seed is None else epoch_order(n, self.seed, self.epoch)
+        of_epoch = 0 if self.is_same_order else self.epoch
+        order = torch.arange(n) if self.seed is None else epoch_order(n, self.seed, of_epoch)
         wanted = [(positions, epoch) for positions in order[: self._n_used()].split(self.batch_size)[first:]]
         dataset = _Fetched(self.source)
         if self.num_workers == 0:
-            return (dataset[key] for key in wanted)
+            return (_or_raise(dataset[key]) for key in wanted)
         # The loader draws a base seed for its workers: from a generator of its own, or the dropout masks would depend
         # on the number of workers.
-        return iter(
-            DataLoader(
-                dataset,
-                sampler=wanted,
-                batch_size=None,
-                num_workers=self.num_workers,
-                generator=torch.Generator().manual_seed(0),
-            )
+        fetched = DataLoader(
+            dataset,
+            sampler=wanted,
+            batch_size=None,
+            num_workers=self.num_workers,
+            generator=torch.Generator().manual_seed(0),
         )
+        return map(_or_raise, fetched)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "batches": self.position, "chunk": self.chunk}
@@ -145,11 +151,23 @@ class ResumableLoader:
         self._resume_at = (state["epoch"], state["batches"])
 
 
-class _Fetched(Dataset[tuple[Tensor, Tensor]]):
-    """A batch source as a data set whose keys are (positions, epoch): workers prefetch with the right epoch."""
+class _Fetched(Dataset[tuple[Tensor, Tensor] | STLError]):
+    """A batch source as a data set whose keys are (positions, epoch): workers prefetch with the right epoch.
+
+    What the user can cure is returned, not raised: torch would make a traceback of what a worker raises.
+    """
 
     def __init__(self, source: BatchSource) -> None:
         self.source = source
 
-    def __getitem__(self, key: Any) -> tuple[Tensor, Tensor]:
-        return self.source.batch(*key)
+    def __getitem__(self, key: Any) -> tuple[Tensor, Tensor] | STLError:
+        try:
+            return self.source.batch(*key)
+        except STLError as error:
+            return error
+
+
+def _or_raise(fetched: tuple[Tensor, Tensor] | STLError) -> tuple[Tensor, Tensor]:
+    if isinstance(fetched, STLError):
+        raise fetched
+    return fetched

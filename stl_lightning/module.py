@@ -33,6 +33,16 @@ HALF_MAX = torch.finfo(torch.float16).max
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
+def _make(setting: str, factory: Callable[[Any], Any], of: Any) -> Any:
+    """What a factory of the settings makes. Raises: ConfigError with what torch says against its arguments."""
+    try:
+        return factory(of)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{setting}: {error}") from error
+
+
 class BranchModule(LightningModule):
     """Trains the networks of one branch or of several, stacked, with cross-entropy on the slices of each.
 
@@ -126,7 +136,7 @@ class BranchModule(LightningModule):
         try:
             with torch.no_grad():
                 received = tuple(self.eval()(torch.zeros(2, *in_shape)).shape)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ConfigError(f"{expected}, received an error: {error}") from error
         if received != (2, n_classes):
             raise ConfigError(f"{expected}, received {received}")
@@ -143,12 +153,12 @@ class BranchModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         assert self.network is not None, "build() comes before configure_optimizers()"
-        optimizer = self.optimizer_factory(self.network.parameters())
+        optimizer = _make("model.optimizer", self.optimizer_factory, self.network.parameters())
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ConfigError("model.optimizer: LBFGS evaluates the loss several times a step; expected SGD, Adam, ...")
         if self.scheduler_factory is None:
             return optimizer
-        scheduler = self.scheduler_factory(optimizer)
+        scheduler = _make("model.lr_scheduler", self.scheduler_factory, optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
             raise ConfigError(
                 "model.lr_scheduler: ReduceLROnPlateau acts after an epoch's checkpoint is written, so a run that was "
@@ -252,7 +262,7 @@ class BranchModule(LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             try:
                 config.scheduler.step()  # type: ignore[call-arg]
-            except ValueError as error:
+            except (ValueError, ZeroDivisionError) as error:
                 name = type(config.scheduler).__name__
                 raise ConfigError(
                     f"model.lr_scheduler: {name} came to its end in step {self.trainer.global_step}: {error}; expected "

@@ -1,7 +1,7 @@
 """Which process this is and which branches it owns. The only reader of a launcher's variables."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,6 +51,19 @@ class RankInfo:
                 f"Start at most {n_branches} ranks, or choose a larger `data.block`"
             )
         return tuple(range(self.rank, n_branches, step))
+
+    def share(self, branches: Sequence[int]) -> tuple[int, ...]:
+        """Of branches that were asked for by number, those of this process; of an array, the one of its task.
+
+        Raises: ConfigError if there is none.
+        """
+        if self.world_size is None:
+            owned = [branch for branch in branches if branch == self.rank]
+        else:
+            owned = list(branches[self.rank :: self.world_size])
+        if not owned:
+            raise ConfigError(f"run.branches: {self._what()}; expected a branch for each, got {list(branches)}")
+        return tuple(owned)
 
     def _what(self) -> str:
         if self.world_size is None:

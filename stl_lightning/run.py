@@ -46,13 +46,13 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.monitor not in MONITORS:
             raise unknown("run.monitor", self.monitor, MONITORS)
-        for name, least in {"patience": 1, "chunk": 1, "epoch_logits": 0}.items():
+        for name, least in {"patience": 1, "chunk": 1, "checkpoint_every_n_steps": 1, "epoch_logits": 0}.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ConfigError(f"run.{name}: expected at least {least}, got {getattr(self, name)}")
 
     @property
     def paths(self) -> RunPaths:
-        return RunPaths(Path(self.root) / self.name)
+        return RunPaths(Path(self.root).expanduser() / self.name)
 
 
 @dataclass(frozen=True)
@@ -81,21 +81,26 @@ def claim_run(paths: RunPaths, settings: dict[str, Any]) -> Run:
     return run
 
 
-def check_same_settings(paths: RunPaths, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def check_same_settings(
+    paths: RunPaths,
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    remedy: str = "Choose another `run.name`, or delete it",
+) -> None:
     """Raises: RunError that names the keys at which the settings of a run directory differ from these."""
     differing = different_keys(there, json.loads(json.dumps(here)))  # tuples become lists, as they are when read back
     if differing:
         listed = "; ".join(f"{key} is {a!r} there and {b!r} here" for key, (a, b) in differing.items())
-        raise RunError(f"{paths.folder} belongs to other settings: {listed}. Choose another `run.name`, or delete it")
+        raise RunError(f"{paths.folder} belongs to other settings: {listed}. {remedy}")
 
 
-def check_baseline(run: Run, baseline: Mapping[str, Any]) -> None:
-    """A baseline is compared with the branches of a run: it must have the same images, split and seed.
+def check_same_images(run: Run, settings: Mapping[str, Any]) -> None:
+    """What branches of a run are scored on, or compared with, must have the same images, split and seed.
 
-    Raises: RunError that names the keys at which its settings differ.
+    Raises: RunError that names the keys at which these settings differ.
     """
-    of_run, of_baseline = ({key: settings.get(key) for key in COMPARED} for settings in (run.settings, baseline))
-    check_same_settings(run.paths, of_run, of_baseline)
+    there, here = ({key: of.get(key) for key in COMPARED} for of in (run.settings, settings))
+    check_same_settings(run.paths, there, here, "Expected the images that it was trained with (`data.root`)")
 
 
 def open_run(paths: RunPaths) -> Run:

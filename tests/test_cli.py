@@ -1,6 +1,7 @@
 """The commands as a user calls them: what they print, and how they refuse bad input before any training."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,9 @@ import yaml
 from stl_lightning.__main__ import COMMANDS, main
 from stl_lightning.cli.ensemble import load_ensemble
 from stl_lightning.exits import DONE, INTERRUPTED
+from stl_lightning.module import BranchModule
 from stl_lightning.paths import RunPaths
+from stl_lightning.status import read_status
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DIGITS = str(CHECKOUT / "configs" / "digits.yaml")
@@ -52,6 +55,15 @@ BAD = {
     "val_size": (["--data.val_size=1.5"], ["data.val_size"]),
     "batch_size": (["--data.batch_size=0"], ["data.batch_size", "at least 1"]),
     "strategy": (["--trainer.strategy=ddp"], ["trainer.strategy", "left unset"]),
+    "checkpoints": (["--run.checkpoint_every_n_steps=0"], ["run.checkpoint_every_n_steps", "at least 1"]),
+    "folds of few": (["--data.val_size=4"], ["ensemble.n_folds", "2 to 4"]),
+    "one to validate": (["--data.val_size=1"], ["data.val_size", "2 validation images"]),
+    "seed": (["--seed_everything=5000000000"], ["seed_everything"]),
+    "learning rate": (["--model.optimizer.init_args.lr=-1"], ["model.optimizer", "Invalid learning rate"]),
+    "no length": (
+        [f"--model.lr_scheduler={ONE_CYCLE}", CYCLE[0]],
+        ["model.lr_scheduler", "total_steps"],
+    ),
     "epochs": (["--trainer.max_epochs=-7"], ["trainer: ", "max_epochs", "-7"]),
     "limit": (["--trainer.limit_val_batches=-1"], ["trainer: ", "limit_val_batches", "-1"]),
     "endless": (["--trainer.max_epochs=null"], ["trainer.max_epochs"]),
@@ -204,12 +216,17 @@ def test_an_ensemble_of_nothing(tmp_path: Path, capfd: Capture) -> None:
     assert "run.json" in capfd.readouterr().err
 
 
-def test_a_partial_ensemble_names_the_missing_and_is_a_model(tmp_path: Path, capfd: Capture) -> None:
+def test_a_partial_ensemble_names_the_missing_and_is_a_model(
+    tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert stl("fit", tmp_path, "--run.branches=[0,2,3]") == 0
     run = RunPaths(tmp_path / "digits")
     run.branch(3).best.write_bytes(b"damaged")
-    assert stl("fit", tmp_path, "--run.branches=[1]", "--model.optimizer.init_args.lr=1e30") == 1
-    assert "not finite at step 1" in capfd.readouterr().err
+    build = BranchModule.build
+    with monkeypatch.context() as broken:
+        broken.setattr(BranchModule, "build", lambda module, *args: with_nan(build(module, *args)))
+        assert stl("fit", tmp_path, "--run.branches=[1]") == 1
+    assert "not finite at step 0" in capfd.readouterr().err
     assert main(["ensemble", str(run.folder), "--weighting=simplex", "--flips"]) == 0
     printed = capfd.readouterr().out
     assert "branches missing: 1, 3" in printed
@@ -220,6 +237,46 @@ def test_a_partial_ensemble_names_the_missing_and_is_a_model(tmp_path: Path, cap
     assert results["flips"]
     assert sum(row["weight"] for row in results["branches"]) == pytest.approx(1.0)
     assert results["ensemble"]["accuracy"] > 0.3
+
+
+def with_nan(module: BranchModule) -> BranchModule:
+    torch.nn.init.constant_(next(module.parameters()), math.nan)
+    return module
+
+
+def test_branches_of_other_settings_do_not_join(tmp_path: Path, capfd: Capture) -> None:
+    """As tasks of an array would that start after somebody has edited the config."""
+    assert stl("fit", tmp_path, "--run.branches=[1]") == 0
+    capfd.readouterr()
+    assert stl("fit", tmp_path, "--run.branches=[2]", "--model.network.init_args.width=8") == 2
+    assert "branches/01 was begun with other settings: model.network.init_args.width" in capfd.readouterr().err
+    assert not RunPaths(tmp_path / "digits").branch(2).config.exists()
+
+
+def test_a_branch_that_is_named_twice_trains_once(tmp_path: Path) -> None:
+    assert stl("fit", tmp_path, "--run.branches=[2,2]") == DONE
+    assert read_status(RunPaths(tmp_path / "digits").branch(2), 2).attempt == 1
+
+
+def write_npz(file: Path, seed: int) -> str:
+    """Images of noise in two classes; the same labels and the same size whatever the seed."""
+    images, labels = np.random.default_rng(seed).random((2, 40, 8, 8), dtype=np.float32), np.arange(40) % 2
+    np.savez(file, train_images=images[0], train_labels=labels, test_images=images[1], test_labels=labels)
+    return str(file)
+
+
+def test_a_run_is_scored_on_its_own_images_only(tmp_path: Path, capfd: Capture) -> None:
+    """Others of the same name, size and labels are told apart, and leave nothing behind."""
+    own, other = (write_npz(tmp_path / f"{name}.npz", seed) for seed, name in enumerate(("own", "other")))
+    settings = ["--data.source=npz", "--data.block=2", "--data.val_size=10"]
+    assert stl("run", tmp_path, *settings, f"--data.root={own}") == 0
+    run, kept = tmp_path / "digits", (tmp_path / "digits" / "ensemble" / "results.json").read_text()
+    for command in ("ensemble", "report"):
+        capfd.readouterr()
+        assert main([command, str(run), f"--data.root={other}"]) == 2
+        assert "Expected the images that it was trained with" in capfd.readouterr().err
+    assert main(["ensemble", str(run)]) == 0
+    assert (run / "ensemble" / "results.json").read_text() == kept
 
 
 def test_finished_runs_are_scored_again_and_not_trained_again(tmp_path: Path, capfd: Capture) -> None:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import restricted_number_type
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stl_lightning.augment import Augment
 from stl_lightning.cli.parser import SettingsParser
 from stl_lightning.datamodule import SpectralDataModule
-from stl_lightning.ensemble.fit import find_candidates
+from stl_lightning.ensemble.fit import check_n_folds, find_candidates
 from stl_lightning.ensemble.options import EnsembleOptions
 from stl_lightning.errors import ConfigError
 from stl_lightning.module import BranchModule
@@ -37,6 +37,9 @@ PASSED_ON = (
     "data.root", "data.store", "data.num_workers", "data.eval_batch_size", "trainer.accelerator", "tracking.",
     "ensemble.",
 )  # fmt: skip
+
+
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<=", 2**32 - 1)])  # what NumPy takes
 
 
 class SpectralCLI(LightningCLI):
@@ -65,7 +68,7 @@ class SpectralCLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         help_text = "The seed of a run: split, data order, augmentation, weights and dropout of each branch."
-        parser.add_argument("--seed_everything", type=NonNegativeInt, default=0, help=help_text)
+        parser.add_argument("--seed_everything", type=Seed, default=0, help=help_text)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """In the order of `--help`: what is ours first, the hundred lines of Lightning's Trainer last."""
@@ -128,6 +131,7 @@ class SpectralCLI(LightningCLI):
             module.check_output(data.in_shape, data.n_classes)
         made, data = module.configure_optimizers(), self.data
         data.check(self.owned_branches())
+        check_n_folds(ensemble.n_folds, data.n_val_images)
         if module.scheduler_factory is not None:
             _, (scheduler,) = made
             check_schedule(scheduler, module.lr_interval, dict(built.trainer), data.n_train_images, data.batch_size)
@@ -139,7 +143,7 @@ class SpectralCLI(LightningCLI):
         return claim_run(self.options.paths, self.data.agreement())
 
     def owned_branches(self) -> tuple[int, ...]:
-        """The branches that this process trains: `run.branches`, or `data.branch`, or those of its rank."""
+        """The branches that this process trains: its share of `run.branches`, of `data.branch`, or of all."""
         asked = self.options.branches
         if asked is None and self.config.data.branch is not None:
             asked = [self.config.data.branch]
@@ -147,7 +151,7 @@ class SpectralCLI(LightningCLI):
             return RankInfo.detect().branches(self.data.n_branches)
         if not asked or not all(0 <= branch < self.data.n_branches for branch in asked):
             raise ConfigError(f"run.branches: expected numbers from 0 to {self.data.n_branches - 1}, got {asked}")
-        return tuple(asked)
+        return RankInfo.detect().share(list(dict.fromkeys(asked)))
 
     def job(self, run: Run, branch: int, job_type: Literal["branch", "baseline"] = "branch") -> BranchJob:
         """Everything needed to train or evaluate one branch."""

@@ -63,11 +63,14 @@ def combine(run: "Run", overrides: Sequence[str] = ()) -> None:
     from stl_lightning.cli.config import clis_of_run
     from stl_lightning.ensemble.evaluate import evaluate
     from stl_lightning.report.table import print_results
+    from stl_lightning.run import check_same_images
     from stl_lightning.tracking import log_ensemble
 
     clis = clis_of_run(run, overrides)
     if not clis:
         raise RunError(f"{run.paths.folder}: no branch has begun; train them with `stl fit`")
+    for cli in clis.values():
+        check_same_images(run, cli.data.agreement())
     first = next(iter(clis.values()))
     jobs = [cli.job(run, branch) for branch, cli in clis.items()]
     results = evaluate(run, jobs, first.ensemble_options, _baseline(run, overrides))
@@ -78,11 +81,14 @@ def combine(run: "Run", overrides: Sequence[str] = ()) -> None:
 
 def _baseline(run: "Run", overrides: Sequence[str]) -> "BranchJob | None":
     from stl_lightning.cli.config import jobs_of_run
-    from stl_lightning.run import check_baseline, open_run
+    from stl_lightning.run import check_same_images, open_run
 
     if not run.paths.baseline.run_json.exists():
         return None
     baseline = open_run(run.paths.baseline)
-    check_baseline(run, baseline.settings)
+    check_same_images(run, baseline.settings)
     of_images = [override for override in overrides if not override.startswith("--data.store")]
-    return next(iter(jobs_of_run(baseline, of_images)), None)
+    for job in jobs_of_run(baseline, of_images):
+        check_same_images(baseline, job.data.agreement())
+        return job
+    return None

@@ -32,6 +32,6 @@ def take_retries(args: list[str]) -> tuple[int, list[str]]:
             retries = arg.removeprefix("--retries=")
         else:
             rest.append(arg)
-    if not retries.isdigit():
+    if not (retries.isascii() and retries.isdigit()):
         raise ConfigError(f"--retries: expected how often a branch that failed is tried again, got {retries!r}")
     return int(retries), rest

@@ -175,6 +175,8 @@ def _checked_cli(planned: Launch) -> "SpectralCLI":
 
     Raises: ConfigError, DataError, RunError.
     """
+    if not Path(planned.folder).is_dir():
+        raise RunError(f"the folder it was launched from is gone: {planned.folder}; call `stl launch` from another")
     with contextlib.chdir(planned.folder):
         from stl_lightning.cli.config import SpectralCLI
         from stl_lightning.run import Run, check_same_settings, open_run

@@ -48,7 +48,10 @@ def report(args: list[str]) -> int:
         raise RunError(
             f"{paths.folder}: expected ensemble/results.json, found none: `stl ensemble {given.run}` writes it"
         )
-    print_results(read_json(paths.results))
+    results = read_json(paths.results)
+    if not isinstance(results, dict) or "branches" not in results:
+        raise RunError(f"{paths.results}: expected what `stl ensemble` writes; repeat `stl ensemble {given.run}`")
+    print_results(results)
     folder = paths.report
     reasons = write_figures(read_material(paths, take_sample(paths, given.image, overrides)), folder)
     for name, reason in reasons.items():
@@ -68,11 +71,12 @@ def take_sample(paths: RunPaths, image: int = 0, overrides: Sequence[str] = ()) 
     from stl_lightning.datamodule import split_indices
     from stl_lightning.paths import read_json
     from stl_lightning.report.material import Sample
-    from stl_lightning.run import open_run
+    from stl_lightning.run import check_same_images, open_run
 
     run, branch = open_run(paths), read_json(paths.results)["members"][0]
     job = kept_cli(paths, branch, overrides).job(run, branch)
     data = job.data
+    check_same_images(run, data.agreement())
     data.restore(load_checkpoint(job.paths.best, run.identity(branch))["SpectralDataModule"])  # the matrix of a KLT
     labels, fetch = _training_slices(data)
     _, val = split_indices(len(labels), data.val_size, data.seed)

@@ -1,17 +1,15 @@
 """`stl fit`, `stl run` and `stl baseline`: train branches."""
 
-import contextlib
 import sys
 from collections.abc import Sequence
-from typing import TextIO
 
 from stl_lightning import leaving
 from stl_lightning.cli.config import SpectralCLI
 from stl_lightning.cli.ensemble import combine
-from stl_lightning.errors import ConfigError
+from stl_lightning.errors import ConfigError, say
 from stl_lightning.exits import DONE, FAILED
 from stl_lightning.ranks import RankInfo
-from stl_lightning.run import check_baseline, claim_run, open_run
+from stl_lightning.run import check_same_images, claim_run, open_run
 from stl_lightning.status import read_status
 from stl_lightning.supervisor import is_given_up, is_supervised, tell_supervisor
 from stl_lightning.training import BranchJob, Outcome, check_branches, train_branches
@@ -52,7 +50,7 @@ def baseline(args: list[str]) -> int:
     cli.check()
     paths = cli.options.paths
     if paths.run_json.exists():
-        check_baseline(open_run(paths), cli.data.agreement())
+        check_same_images(open_run(paths), cli.data.agreement())
     claimed = claim_run(paths.baseline, cli.data.agreement())
     return exit_code(train_all([cli.job(claimed, 0, "baseline")]))
 
@@ -67,16 +65,11 @@ def report(job: BranchJob, outcome: Outcome) -> None:
     """Say how a branch ended."""
     status = read_status(job.paths, job.branch)
     if outcome == "failed":
-        _say(f"{job.job_type} {job.branch}: FAILED: {status.error}", sys.stderr)
+        say(f"{job.job_type} {job.branch}: FAILED: {status.error}")
         return
     what = "is finished already" if outcome == "skipped" else "finished"
     loss = "" if status.loss is None else f", last validation loss {status.loss:.4f}"
-    _say(f"{job.job_type} {job.branch}: {what}, {status.epoch} epochs{loss}", sys.stdout)
-
-
-def _say(text: str, where: TextIO) -> None:
-    with contextlib.suppress(OSError):  # a log that cannot be written must not end the training of the next branch
-        print(text, file=where, flush=True)
+    say(f"{job.job_type} {job.branch}: {what}, {status.epoch} epochs{loss}", sys.stdout)
 
 
 def exit_code(n_failed: int) -> int:

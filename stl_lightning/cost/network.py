@@ -14,7 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 Shape = tuple[int, int, int]
 
 FEW, MORE = 2, 4  # images of the two batches that are tried; BatchNorm cannot train on one
-DTYPES = {"bf16": torch.bfloat16, "64": torch.float64}  # of `trainer.precision`; anything else is float32
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "16": torch.float16,
+    "64": torch.float64,
+}  # of `trainer.precision`; anything else is float32
 
 
 def n_parameters(network: nn.Module) -> int:
@@ -30,11 +34,17 @@ def weight_bytes(network: nn.Module) -> int:
 def multiply_adds(network: nn.Module, in_shape: Shape) -> int:
     """Of the forward pass of one image: those of matrix products and convolutions, which are nearly all.
 
-    Half of `torch.utils.flop_counter.FlopCounterMode`, which counts the multiplication and the addition.
+    Half of `torch.utils.flop_counter.FlopCounterMode`, which counts the multiplication and the addition; those of an
+    `nn.LSTM` it does not know.
     """
     first = next(network.parameters())
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.eval()(first.new_zeros(1, *in_shape))
+    fuses = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer of attention, not counted either
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network.eval()(first.new_zeros(1, *in_shape))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fuses)
     return counter.get_total_flops() // 2
 
 

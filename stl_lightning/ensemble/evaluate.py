@@ -33,10 +33,9 @@ def evaluate(
     if not usable:
         reasons = "; ".join(left_out.values()) or "none has begun"
         raise RunError(f"{run.paths.folder}: no branch can be combined ({reasons}). Train them with `stl fit`")
-    members = [job for job, _ in usable]
+    members = [job for job, _, _ in usable]
     present = [job.branch for job in members]
-    val = _stack([outputs for _, outputs in usable])
-    test = _stack([branch_outputs(job, "test", options.flips) for job in members])
+    val, test = _stack([outputs for _, outputs, _ in usable]), _stack([outputs for _, _, outputs in usable])
     found = search(
         val.logits, val.labels, present, options.weighting, options.space, options.n_folds, run.settings["seed"]
     )
@@ -78,8 +77,10 @@ def _status(job: BranchJob) -> Status:
     return read_status(job.paths, job.branch)
 
 
-def _finished(jobs: Sequence[BranchJob], flips: bool) -> tuple[list[tuple[BranchJob, Outputs]], dict[int, str]]:
-    """The branches that have finished with their validation outputs, and why each of the others is left out."""
+def _finished(
+    jobs: Sequence[BranchJob], flips: bool
+) -> tuple[list[tuple[BranchJob, Outputs, Outputs]], dict[int, str]]:
+    """The finished branches with their validation and test outputs, and why each of the others is left out."""
     usable, left_out = [], {}
     for job in jobs:
         status = _status(job)
@@ -90,7 +91,7 @@ def _finished(jobs: Sequence[BranchJob], flips: bool) -> tuple[list[tuple[Branch
             left_out[job.branch] = f"it has not finished: {status.state}, epoch {status.epoch}"
             continue
         try:
-            usable.append((job, branch_outputs(job, "val", flips)))
+            usable.append((job, branch_outputs(job, "val", flips), branch_outputs(job, "test", flips)))
         except CheckpointError as error:
             left_out[job.branch] = str(error)
     return usable, left_out
@@ -121,7 +122,8 @@ def _baseline_row(job: BranchJob, flips: bool) -> dict[str, Any]:
     usable, left_out = _finished([job], flips)
     if not usable:
         return {"left_out": left_out[job.branch]}
-    return scores(branch_outputs(job, "test", flips)) | {"n_parameters": _n_parameters(job)}
+    ((_, _, test),) = usable
+    return scores(test) | {"n_parameters": _n_parameters(job)}
 
 
 def _n_parameters(job: BranchJob) -> int:

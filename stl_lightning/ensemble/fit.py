@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stl_lightning.ensemble.metrics import accuracy, sample_nll
-from stl_lightning.ensemble.pooling import fit_temperature, pool, space_named, temper
+from stl_lightning.ensemble.pooling import cautious_temperature, fit_temperature, pool, space_named, temper
 from stl_lightning.ensemble.weighting import WEIGHTINGS
 from stl_lightning.errors import ConfigError, DataError, unknown
 
@@ -113,7 +113,7 @@ class Search:
             weighting=name,
             space=space,
             weights=WEIGHTINGS[name](self.logits, self.labels, space),
-            temperature=fit_temperature(predictions, self.labels[self.order[: len(predictions)]]),
+            temperature=cautious_temperature(predictions, self.labels[self.order[: len(predictions)]]),
             members=self.members,
             cv=tuple(_score(c, self.losses[c], p, self.labels[self.order]) for c, p in self.predictions.items()),
         )
@@ -172,7 +172,7 @@ def refit(logits: Tensor, labels: Tensor, members: Sequence[int], weighting: str
     logits, labels = _at_most(MAX_VALUES // logits[:, :1].numel(), logits, labels)
     weights = WEIGHTINGS[weighting](logits, labels, space)
     return FittedEnsemble(
-        weighting, space, weights, fit_temperature(pool(logits, weights, space), labels), tuple(members), ()
+        weighting, space, weights, cautious_temperature(pool(logits, weights, space), labels), tuple(members), ()
     )
 
 
@@ -201,6 +201,14 @@ def _searched(n_members: int, n_classes: int) -> list[str]:
     return [name for name, row in WEIGHTINGS.items() if n_members * n_classes ** (row.axes - 1) <= MAX_SEARCHED_WEIGHTS]
 
 
+def check_n_folds(n_folds: int, n_samples: int) -> None:
+    """Raises: ConfigError if a validation split of so many samples has no so many parts."""
+    if n_samples < 2:
+        raise ConfigError(f"data.val_size: expected 2 validation images or more to weigh branches by, got {n_samples}")
+    if not 2 <= n_folds <= n_samples:
+        raise ConfigError(f"ensemble.n_folds: expected 2 to {n_samples}, the validation images; received {n_folds}")
+
+
 def _check(logits: Tensor, labels: Tensor, members: Sequence[int], n_folds: int) -> None:
     if labels.ndim != 1 or labels.dtype != torch.int64:
         received = f"{labels.dtype} {tuple(labels.shape)}"
@@ -213,8 +221,7 @@ def _check(logits: Tensor, labels: Tensor, members: Sequence[int], n_folds: int)
         )
     if len(set(members)) != len(members) or not members:
         raise DataError(f"members: expected different numbers, at least one; received {tuple(members)}")
-    if not 2 <= n_folds <= len(labels):
-        raise ConfigError(f"ensemble.n_folds: expected 2 to {len(labels)}, the samples; received {n_folds}")
+    check_n_folds(n_folds, len(labels))
     if labels.min() < 0 or labels.max() >= logits.shape[-1]:
         valid, received = f"0 to {logits.shape[-1] - 1}", f"{labels.min()} to {labels.max()}"
         raise DataError(f"labels: expected {valid} (the classes of the logits), received {received}")

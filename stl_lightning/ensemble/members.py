@@ -56,7 +56,7 @@ def compute_outputs(job: BranchJob, split: Split, flips: bool = False) -> Output
         of_mirror = _predict(job, module, mirrored)
         outputs = Outputs((outputs.logits + of_mirror.logits) / 2, outputs.labels)
     if not outputs.logits.isfinite().all():
-        raise CheckpointError(f"{job.paths.best} gives outputs that are not finite; delete it to train again")
+        raise CheckpointError(f"{job.paths.best} gives {split} outputs that are not finite; delete it to train again")
     tensors = {"logits": outputs.logits.contiguous(), "labels": outputs.labels}
     blob = safetensors.torch.save(tensors, metadata=_origin(job, split, flips))
     write_atomically(job.paths.logits(split), lambda file: file.write(blob))

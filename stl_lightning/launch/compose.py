@@ -117,7 +117,10 @@ def site_options(texts: Sequence[str]) -> list[str]:
 
     Raises: ConfigError if one of them is an option that the launch decides.
     """
-    words = [word for text in texts for word in shlex.split(text)]
+    try:
+        words = [word for text in texts for word in shlex.split(text)]
+    except ValueError as error:
+        raise ConfigError(f"--sbatch: expected options as a shell splits them, got {texts}: {error}") from error
     for word in words:
         if word.partition("=")[0] in OWN_OPTIONS or word[:2] in OWN_LETTERS:
             raise ConfigError(

@@ -17,7 +17,7 @@ from types import FrameType
 
 from stl_lightning import leaving
 from stl_lightning.attempts import desk_of, process_started
-from stl_lightning.errors import STLError
+from stl_lightning.errors import STLError, say
 from stl_lightning.exits import DONE, FAILED, FENCED, INTERRUPTED, REFUSED
 from stl_lightning.launch.record import Launch, Process, launching, read_launches, write_launch
 from stl_lightning.paths import RunPaths
@@ -163,11 +163,10 @@ class LocalScheduler:
         self.waiting.extend(again)
         kept = {branch for group in again for branch in group}
         if kept and code != INTERRUPTED:
-            what = f"worker of branches {as_ranges(child.branches)} {how_it_ended(code)}; {as_ranges(kept)} go on"
-            print(what, file=sys.stderr, flush=True)
+            say(f"worker of branches {as_ranges(child.branches)} {how_it_ended(code)}; {as_ranges(kept)} go on")
         for branch in child.branches:
             if branch not in kept and statuses[branch].state != "finished":
-                print(f"branch {branch}: given up (exit code {code}); see {child.log}", file=sys.stderr, flush=True)
+                say(f"branch {branch}: given up (exit code {code}); see {child.log}")
 
     def _record(self, child: Child) -> None:
         """Note in the status files how a worker ended that could not. Whose fault it was is known where it had one."""
@@ -202,7 +201,7 @@ class LocalScheduler:
                 os.kill(child.process.pid, number)
 
     def _left(self) -> int:
-        print(f"interrupted; `stl resubmit {self.paths.folder}` goes on", file=sys.stderr, flush=True)
+        say(f"interrupted; `stl resubmit {self.paths.folder}` goes on")
         return INTERRUPTED
 
 

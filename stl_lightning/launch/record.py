@@ -35,6 +35,14 @@ class Process:
         return self.started is not None and process_started(self.pid) == self.started
 
 
+def _user() -> str:
+    """The name of the user, or the number where there is no name: in a container, say."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
 @dataclass
 class Launch:
     """One `stl launch` or `stl resubmit`. `jobs` are ids by role; `settings` are those given beside the config."""
@@ -52,7 +60,7 @@ class Launch:
     n_workers: int | None = None  # on this machine
     folder: str = field(default_factory=os.getcwd)  # which relative paths start from
     host: str = field(default_factory=socket.gethostname)
-    user: str = field(default_factory=getpass.getuser)
+    user: str = field(default_factory=_user)
     when: float = field(default_factory=time.time)  # seconds since 1970, by the clock of `host`
     jobs: dict[str, str] = field(default_factory=dict)
     launcher: Process | None = None  # on this machine

@@ -23,7 +23,7 @@ class BranchNetworks:
     def construct(self, in_shape: tuple[int, int, int], n_classes: int, seed: int, branch: int) -> nn.Module:
         """The weights depend on (seed, branch) alone, not on what happened before.
 
-        Raises: ConfigError if the class does not take its options, or is no such class.
+        Raises: ConfigError if the class refuses its options or the shape, or is no such class.
         """
         options = self.options.get(branch, {})
         # On the CPU whatever the accelerator: another device would draw other numbers.
@@ -35,7 +35,7 @@ class BranchNetworks:
                 if not options:
                     raise
                 raise ConfigError(f"model.network_of, branch {branch}: {error}") from error
-            except TypeError as error:
+            except (TypeError, ValueError, RuntimeError) as error:
                 call = ", ".join([str(in_shape), str(n_classes), *(f"{key}={options[key]!r}" for key in options)])
                 raise ConfigError(
                     f"model.network{f'_of, branch {branch}' if options else ''}: expected a class that is called as "

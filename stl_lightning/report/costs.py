@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from stl_lightning.ranges import as_ranges
+from stl_lightning.report.table import wide_console
 
 TRAINING_FACTOR = 3  # backward, a layer makes two products for its one: for its input and for its weights
-PIPE_COLUMNS = 200  # a file has no width that numbers should be cut to
 NEARLY = 1.005  # shown as 1.00: as much as the baseline
 MEASURED = ("wall_s", "bytes_sent", "bytes_received")
 
@@ -55,17 +55,12 @@ ROWS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 def print_costs(costs: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the table and what its numbers mean; as plain Markdown when the output is not a terminal."""
-    console = console or _console()
+    console = console or wide_console()
     table = cost_table(costs)
     table.box = HEAVY_HEAD if console.is_terminal else MARKDOWN
     console.print(table)
     for line in remarks(costs):
         console.print(line, highlight=False, soft_wrap=True)
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPE_COLUMNS)
 
 
 def cost_table(costs: Mapping[str, Any]) -> Table:

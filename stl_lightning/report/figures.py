@@ -28,8 +28,10 @@ def nothing(_: Material) -> None:
 
 
 def no_epoch_logits(material: Material) -> str | None:
-    if material.logits is None or material.labels is None:
-        return "the run keeps no logits of every epoch (run.epoch_logits)"
+    if material.logits is None or material.logits[0].shape[1] < 2:
+        return "not every branch has kept logits of two images or more after every epoch (run.epoch_logits)"
+    if material.labels is None:
+        return "the labels beside the logits cannot be read; repeat `stl ensemble`"
     return None
 
 

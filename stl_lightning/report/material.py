@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stl_lightning.cost import read_epochs
@@ -80,9 +80,10 @@ def _of_as_many(labels: Tensor | None, logits: Sequence[np.ndarray | None]) -> l
 
 
 def _labels(paths: BranchPaths) -> Tensor | None:
-    """The labels of the validation images; `stl ensemble` keeps them beside the logits."""
-    if not paths.logits("val").exists():
+    """The labels of the validation images, which `stl ensemble` keeps beside the logits; None if it cannot be read."""
+    try:
+        with safe_open(paths.logits("val"), framework="pt") as file:
+            labels: Tensor = file.get_tensor("labels").to(torch.int64)
+            return labels
+    except (SafetensorError, OSError):
         return None
-    with safe_open(paths.logits("val"), framework="pt") as file:
-        labels: Tensor = file.get_tensor("labels").to(torch.int64)
-        return labels

@@ -6,10 +6,18 @@ from rich.box import HEAVY_HEAD, MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
+PIPE_COLUMNS = 200  # a file has no width that numbers should be cut to
+
+
+def wide_console() -> Console:
+    """Of the terminal; where the output is none, so wide that no table is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_COLUMNS)
+
 
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:
     """Print the tables; as plain Markdown when the output is not a terminal."""
-    console = console or Console()
+    console = console or wide_console()
     for table in (branch_table(results), weighting_table(results), members_table(results), summary_table(results)):
         if not table.row_count:
             continue

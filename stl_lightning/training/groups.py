@@ -22,7 +22,7 @@ from stl_lightning import leaving
 from stl_lightning.attempts import begin_attempt
 from stl_lightning.checkpoint import BestCheckpoint, LastCheckpoint, load_checkpoint, progress
 from stl_lightning.datamodule import SpectralDataModule
-from stl_lightning.errors import DivergedError, FencedError, LeaveError, RunError, STLError
+from stl_lightning.errors import DivergedError, FencedError, LeaveError, RunError, STLError, say
 from stl_lightning.module import BranchModule
 from stl_lightning.networks import branch_seed
 from stl_lightning.ranks import job_id
@@ -72,8 +72,7 @@ class Attempt:
         )  # fmt: skip
         write_status(paths, self.status)
         goes_on = f", goes on after epoch {old.epoch}, step {old.step}" if old.step else ""
-        with suppress(OSError):  # where the log is on a full disk
-            print(f"{job.job_type} {job.branch}: attempt {number}{goes_on}; {job.paths.folder}", flush=True)
+        say(f"{job.job_type} {job.branch}: attempt {number}{goes_on}; {job.paths.folder}", sys.stdout)
         self.has_begun = True
 
     def open_loggers(self) -> None:
@@ -244,7 +243,7 @@ def _drop_fenced(group: Sequence[Attempt], error: FencedError) -> list[STLError]
 
 def _lose(attempt: Attempt, error: STLError) -> None:
     attempt.outcome = "lost"
-    print(f"branch {attempt.job.branch}: {error}", file=sys.stderr, flush=True)
+    say(f"branch {attempt.job.branch}: {error}")
 
 
 def _blame(group: Sequence[Attempt], error: str) -> None:
@@ -253,13 +252,12 @@ def _blame(group: Sequence[Attempt], error: str) -> None:
         try:
             group[0].end("failed", error)
         except RunError as full:
-            print(f"branch {group[0].job.branch}: {error}\n{full}", file=sys.stderr, flush=True)
+            say(f"branch {group[0].job.branch}: {error}\n{full}")
             group[0].outcome = "failed"
         return
     numbers = ", ".join(str(attempt.job.branch) for attempt in group)
     reason = error.strip().rpartition("\n")[-1]  # of a traceback; all of it is recorded where the branch fails alone
-    what = f"branches {numbers} go on one after the other, since they failed together: {reason}"
-    print(what, file=sys.stderr, flush=True)
+    say(f"branches {numbers} go on one after the other, since they failed together: {reason}")
     for attempt in group:
         attempt.is_alone = True
         attempt.pause()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ProgressBar
@@ -19,7 +20,7 @@ from stl_lightning.errors import CheckpointError, ConfigError, RunError
 from stl_lightning.module import BranchModule
 from stl_lightning.paths import BranchPaths
 from stl_lightning.run import Run, RunOptions, different_keys
-from stl_lightning.stacked import ELEMENTWISE, can_stack
+from stl_lightning.stacked import ELEMENTWISE, can_stack, chain
 from stl_lightning.tracking import TrackingOptions
 
 # Settings that may change between two attempts at a branch: where and how it runs, not what it computes.
@@ -115,13 +116,21 @@ def why_not_stacked(job: BranchJob, module: BranchModule) -> str | None:
         return "model.optimizer has several groups of parameters"
     if module.network is None or not can_stack(module.network):
         return "model.network has buffers that are not in its state_dict, or weights that are there twice"
-    if any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in module.modules()):
-        return "the masks of torch's dropout would change; stl_lightning.networks.Dropout draws them for each branch"
+    if chain(module.network) is None and _draws(module.network, job.data.in_shape):
+        return "model.network draws random numbers; stl_lightning.networks.Dropout draws them for each branch"
     if any(not isinstance(callback, ProgressBar) for callback in job.trainer_settings.get("callbacks") or []):
         return "trainer.callbacks act on one branch"
     if job.options.patience and (job.trainer_settings.get("min_epochs") or job.trainer_settings.get("min_steps")):
         return "trainer.min_epochs and min_steps let a branch outlive its run.patience"
     return None
+
+
+def _draws(network: nn.Module, in_shape: tuple[int, int, int]) -> bool:
+    """Whether a training pass of a network on the CPU takes numbers from torch's generator."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        before = torch.get_rng_state()
+        copy.deepcopy(network).train()(torch.zeros(2, *in_shape))
+        return not torch.equal(torch.get_rng_state(), before)
 
 
 def resume_point(job: BranchJob) -> Path | None:
@@ -137,15 +146,17 @@ def resume_point(job: BranchJob) -> Path | None:
 
 
 def check_same_config(job: BranchJob) -> None:
-    """Raises: RunError if the branch was begun with settings that would change what it computes."""
-    if not job.paths.config.exists():
-        return
-    differing = different_settings(job.paths.config.read_text(), job.config_yaml)
-    if differing:
+    """Raises: RunError if the branch, or one beside it, was begun with settings that would change what it computes."""
+    n_branches = job.run.settings["n_branches"]
+    others = (branch for branch in range(n_branches) if branch != job.branch)
+    folders = (job.run.paths.branch(branch) for branch in (job.branch, *others))
+    begun = next((paths for paths in folders if paths.config.exists()), None)
+    differing = different_settings(begun.config.read_text(), job.config_yaml) if begun else {}
+    if begun and differing:
         listed = "; ".join(f"{key} was {a!r} and is now {b!r}" for key, (a, b) in differing.items())
         raise RunError(
-            f"branch {job.branch} in {job.paths.folder} was begun with other settings: {listed}. "
-            "Choose another `run.name`, or delete the branch's folder"
+            f"branch {job.branch}: {begun.folder} was begun with other settings: {listed}. "
+            "Choose another `run.name`, or delete the folder"
         )
 
 

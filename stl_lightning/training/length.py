@@ -7,12 +7,13 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
 from stl_lightning.errors import ConfigError
+from stl_lightning.loaders import n_training_images
 from stl_lightning.training.trainer import is_usual
 
 
 def steps_an_epoch(settings: dict[str, Any], n_images: int, batch_size: int) -> int:
     """Of the optimiser, by the settings of the Trainer, if it is not to leave out batches."""
-    n_batches = -(-n_images // batch_size)
+    n_batches = -(-n_training_images(n_images, batch_size) // batch_size)
     return -(-n_batches // (settings.get("accumulate_grad_batches") or 1))
 
 

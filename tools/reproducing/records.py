@@ -146,4 +146,8 @@ def keep(file: Path, training: Training, row: Row, planned: Planned, replace: bo
     with FileLock(file.with_name(f".{file.name}.lock")):
         rows = check_rows(file, planned, replace)
         rows.setdefault(training.key, {})[training.seed] = row
-        write(file, as_text(record_of(file.stem, training.experiment, rows, training.extra)))
+        try:
+            record = record_of(file.stem, training.experiment, rows, training.extra)
+        except ValueError as error:
+            sys.exit(f"{file}: {training.key}, {error}; expected --out to name another folder")
+        write(file, as_text(record))

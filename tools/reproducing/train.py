@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from reproducing.experiments import RECIPE, Experiment
+from stl_lightning.exits import INTERRUPTED
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 STL = (sys.executable, "-m", "stl_lightning")
@@ -94,14 +95,22 @@ class Training:
 
 
 def call(command: Sequence[str]) -> int:
-    """The exit code of a command. What asks this process to end asks the command, which saves first."""
+    """The exit code of a command; INTERRUPTED if meanwhile something asked this process to end.
+
+    Then the command is asked too, which saves first. Ctrl-C in a terminal has asked it already.
+    """
     child = subprocess.Popen(command, cwd=CHECKOUT)
-    before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # of a terminal: it reaches both
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number)),
-    }
+    asked = []
+
+    def ask(number: int, _: object) -> None:
+        asked.append(number)
+        if number == signal.SIGTERM:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return child.wait()
+        code = child.wait()
+        return INTERRUPTED if asked else code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
