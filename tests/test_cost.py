@@ -69,6 +69,14 @@ def test_activations_of_any_batch_follow_from_two_small_ones(name: str, n: int) 
     assert activation_bytes(network, in_shape, 10, n) == expected
 
 
+def test_a_layer_of_attention_by_hand() -> None:
+    """Of 7 tokens of 8 numbers: four products with 8 x 8 weights, two of all pairs, 16 hidden units."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    network = nn.Sequential(nn.Flatten(2), layer)
+    assert multiply_adds(network, (7, 2, 4)) == 7 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 7 * 7 * 8
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_an_mlp_by_hand() -> None:
     """The published branch: 8 layers on 49 numbers."""
     network = MLP((1, 7, 7), 10)

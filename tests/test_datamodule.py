@@ -9,11 +9,12 @@ import torch
 
 from stl_lightning.augment import Augment
 from stl_lightning.datamodule import SpectralDataModule, split_indices
-from stl_lightning.errors import CheckpointError, ConfigError
+from stl_lightning.errors import CheckpointError, ConfigError, DataError
 from stl_lightning.loaders import ResumableLoader, epoch_order
 from stl_lightning.slices import slices_of_branch
 from stl_lightning.spectral import TRANSFORMS
 from stl_lightning.store import prepare_store
+from stl_lightning.training import steps_an_epoch
 
 
 def module(**settings: Any) -> SpectralDataModule:
@@ -121,6 +122,33 @@ def test_a_loader_goes_on_where_its_state_says(first: int, num_workers: int) -> 
         assert torch.equal(y, y_expected)
 
 
+@pytest.mark.parametrize("is_same_order", [False, True])
+def test_overfitting_sees_the_same_batches_in_every_epoch(is_same_order: bool) -> None:
+    loader = ResumableLoader(module().slices_in("train"), 100, seed=1)
+    loader.is_same_order = is_same_order
+    first = next(iter(loader))[0]
+    loader.set_epoch(1)
+    assert torch.equal(next(iter(loader))[0], first) == is_same_order
+
+
+class Damaged:
+    """One image of ten cannot be read."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def batch(self, positions: torch.Tensor, epoch: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        if 7 in positions:
+            raise DataError("7.png cannot be read")
+        return positions, positions
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_a_worker_cannot_read_is_said_as_it_is(num_workers: int) -> None:
+    with pytest.raises(DataError, match=r"^7\.png cannot be read$"):
+        list(ResumableLoader(Damaged(), 2, num_workers=num_workers))
+
+
 def test_state_of_another_epoch_starts_from_the_beginning() -> None:
     loader = ResumableLoader(module().slices_in("train"), 100, seed=1)
     loader.load_state_dict({"epoch": 3, "batches": 9})
@@ -132,6 +160,7 @@ def test_a_last_training_batch_of_one_is_left_out() -> None:
     source = module().slices_in("train")
     size = len(source) - 1
     assert [len(y) for _, y in ResumableLoader(source, size, seed=1)] == [size]
+    assert steps_an_epoch({}, len(source), size) == 1
     assert [len(y) for _, y in ResumableLoader(source, size)] == [size, 1]
 
 

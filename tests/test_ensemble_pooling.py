@@ -6,7 +6,16 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from stl_lightning.ensemble.metrics import METRICS, accuracy, brier, disagreement, ece, nll
-from stl_lightning.ensemble.pooling import SPACES, T_MAX, T_MIN, combine, fit_temperature, pool, temper
+from stl_lightning.ensemble.pooling import (
+    SPACES,
+    T_MAX,
+    T_MIN,
+    cautious_temperature,
+    combine,
+    fit_temperature,
+    pool,
+    temper,
+)
 from stl_lightning.errors import ConfigError
 
 
@@ -117,6 +126,17 @@ class TestTemperature:
         right = torch.nn.functional.one_hot(labels, 3).double()
         assert T_MIN <= fit_temperature(right.log_softmax(-1), labels) < 2 * T_MIN
         assert T_MAX / 2 < fit_temperature((-right).log_softmax(-1), labels) <= T_MAX
+
+    def test_of_nothing_but_right_predictions_is_cautious(self) -> None:
+        """The more samples, the surer; one error among them, and it is the temperature of the lowest NLL."""
+        labels = torch.arange(300) % 3
+        right = torch.nn.functional.one_hot(labels, 3).double().log_softmax(-1)
+        few, many = (cautious_temperature(right[:n], labels[:n]) for n in (30, 300))
+        assert 2 * T_MIN < many < few < 1
+        # The optimum by hand: the mean probability of the label is 1 - smoothing * 2 / 3.
+        assert temper(right, many)[0].exp()[labels[0]].item() == pytest.approx(1 - 2 / 3 / 301, abs=1e-6)
+        labels[0] = 1
+        assert cautious_temperature(right, labels) == fit_temperature(right, labels)
 
     def test_keeps_the_most_probable_class(self) -> None:
         log_probs = normal(50, 4).log_softmax(-1)

@@ -565,10 +565,21 @@ def with_torch_dropout(in_shape: tuple[int, int, int], n_classes: int) -> nn.Mod
     return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(math.prod(in_shape), n_classes))
 
 
+class Forgetful(nn.Linear):
+    """Draws numbers without a layer that says so."""
+
+    def __init__(self, in_shape: tuple[int, int, int], n_classes: int) -> None:
+        super().__init__(math.prod(in_shape), n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(x.flatten(1), 0.5, self.training))
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"network": with_torch_dropout}, "dropout"),
+        ({"network": with_torch_dropout}, "draws random numbers"),
+        ({"network": Forgetful}, "draws random numbers"),
         ({"trainer": {"min_epochs": 2}, "options": {"patience": 1}}, "min_epochs"),
     ],
 )

@@ -343,6 +343,7 @@ WRONG = {
     ),
     "another transform that is none": (["--data.transform=fft"], "data.transform"),
     "an own option of sbatch": (["--sbatch=--array=0-7"], "--sbatch"),
+    "a quote that is not closed": (["--sbatch=--comment='x"], "--sbatch"),
     "one of its letters": (["--sbatch=-N2"], "--sbatch"),
     "two configs": (["--config", "other.yaml"], "--config"),
     "branches of one process": (["--run.branches=[1]"], "run.branches"),

@@ -23,6 +23,7 @@ from reproducing.summary import commit
 from reproducing.train import Planned, Training, call, trainings
 
 from stl_lightning.cli.cost import planned_costs
+from stl_lightning.exits import INTERRUPTED
 from stl_lightning.sources import open_source
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -302,6 +303,18 @@ def test_a_training_that_is_interrupted_has_time_to_save(name: str, to_group: bo
         number = getattr(signal, name)
         os.killpg(waiting.pid, number) if to_group else os.kill(waiting.pid, number)
         assert waiting.wait(30) == 75
+
+
+def test_no_other_training_begins_after_a_command_that_died_of_a_signal() -> None:
+    """As `stl ensemble` does, which has nothing to save."""
+    command = [sys.executable, "-c", "print('ready', flush=True); __import__('time').sleep(60)"]
+    code = f"import sys; from reproducing.train import call; sys.exit(call({command!r}))"
+    environment = os.environ | {"PYTHONPATH": f"{CHECKOUT / 'tools'}:{CHECKOUT}"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == b"ready\n"
+        waiting.terminate()
+        assert waiting.wait(30) == INTERRUPTED
 
 
 def test_the_code_of_a_command_is_handed_on() -> None:

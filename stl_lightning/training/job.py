@@ -147,8 +147,7 @@ def resume_point(job: BranchJob) -> Path | None:
 
 def check_same_config(job: BranchJob) -> None:
     """Raises: RunError if the branch, or one beside it, was begun with settings that would change what it computes."""
-    n_branches = job.run.settings["n_branches"]
-    others = (branch for branch in range(n_branches) if branch != job.branch)
+    others = (branch for branch in range(job.data.n_branches) if branch != job.branch)
     folders = (job.run.paths.branch(branch) for branch in (job.branch, *others))
     begun = next((paths for paths in folders if paths.config.exists()), None)
     differing = different_settings(begun.config.read_text(), job.config_yaml) if begun else {}
