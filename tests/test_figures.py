@@ -245,4 +245,4 @@ def test_what_cannot_be_reported(
     assert "stl ensemble" in capfd.readouterr().err
     monkeypatch.setattr("stl_lightning.report.figures.find_spec", lambda name: None)
     assert main(["report", str(tmp_path)]) == 2
-    assert "stl-lightning[report]" in capfd.readouterr().err
+    assert ".[report]" in capfd.readouterr().err

@@ -85,9 +85,12 @@ def test_a_row_of_the_table_is_that_of_its_json(name: str) -> None:
     record = json.loads((RESULTS / f"{name}.json").read_text())
     begin = f"| {record['title']}: measured | "
     (line,) = [line for line in (CHECKOUT / "README.md").read_text().splitlines() if line.startswith(begin)]
-    n, reads, *cells, _parameters = line.removeprefix(begin).split(" | ")
+    n, reads, *cells, work, _parameters = line.removeprefix(begin).split(" | ")
     assert n == str(len(record["seeds"]))
     assert f"B = {reads.removeprefix(str(record['slices_per_branch']) + ' of ')}, " in record["title"] + ", "
+    costs = record["costs"]
+    of_all, of_baseline = (costs[part]["multiply_adds"] for part in ("all_branches", "baseline"))
+    assert float(work) == pytest.approx(of_baseline / of_all, abs=0.005)
     for column, cell in zip(("mean", "highest", "ensemble", "baseline"), cells, strict=True):
         of = record[column]["values"]
         expected = "-" if not of else f"{fmean(of):.2f} ± {stdev(of):.2f}" if len(of) > 1 else f"{of[0]:.2f}"

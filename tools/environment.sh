@@ -26,6 +26,7 @@ make_environment() {
     case "$(cat "$venv/installed" 2>/dev/null)" in
     "$state $extras"* | "$state [dev]") return ;;
     esac
+    echo "installing torch, Lightning and others into $venv: minutes, the first time" >&2
     [ -x "$venv/bin/uv" ] || "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
     "$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" \
         --constraint "$CHECKOUT/tools/constraints.txt" --editable "$CHECKOUT$extras"

@@ -66,7 +66,7 @@ def require_matplotlib() -> None:
     """Raises: ConfigError that says how to install it."""
     if find_spec("matplotlib") is None:
         raise ConfigError(
-            "stl report draws with matplotlib, which is not installed: pip install 'stl-lightning[report]'"
+            "stl report draws with matplotlib, which is not installed: pip install -e '.[report]' in the checkout"
         )
 
 

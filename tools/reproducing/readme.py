@@ -11,6 +11,9 @@ from reproducing.files import read_record
 Row = Mapping[str, Any]
 
 
+PARTS = ("branch", "all_branches", "baseline")  # of the costs of a recipe
+
+
 def read_records(folder: Path) -> dict[str, Row]:
     """Those experiments whose recipe has been carried out, in the order of the table."""
     files = {name: folder / f"{name}.json" for name in EXPERIMENTS}
@@ -24,17 +27,19 @@ def results(records: Mapping[str, Row]) -> str:
     for record in records.values():
         if record["poster"]:
             cells = [f"{record['poster'][column]:.2f}" for column in COLUMNS]
-            rows.append([f"the poster: {record['poster_on']}", "", "", *cells, ""])
+            rows.append([f"the poster: {record['poster_on']}", "", "", *cells, "", ""])
         sizes = record["costs"]
-        of = [f"{sizes[part]['n_parameters']:,}" for part in ("branch", "baseline") if part in sizes]
+        of = [f"{sizes[part]['n_parameters']:,}" for part in PARTS if part in sizes]
+        work = f"{sizes['baseline']['multiply_adds'] / sizes['all_branches']['multiply_adds']:.2f}"
         n = record["ensemble"]["n"]
         others = {column: record[column]["n"] for column in COLUMNS if record[column]["n"] not in (0, n)}
         cells = [
             percent(record[column]) + (f" (n = {others[column]})" if column in others else "") for column in COLUMNS
         ]
         reads = f"{record['slices_per_branch']} of {n_branches(record)}"
-        rows.append([f"{record['title']}: measured", str(n), reads, *cells, " / ".join(of)])
-    head = ["", "n", "slices a branch reads", "Mean", "Highest", "Ens.", "Baseline", "parameters: a branch / baseline"]
+        rows.append([f"{record['title']}: measured", str(n), reads, *cells, work, " / ".join(of)])
+    head = ["", "n", "slices a branch reads", "Mean", "Highest", "Ens.", "Baseline"]
+    head += ["multiply-adds of the baseline, those of all branches being 1", "parameters: a branch / all / baseline"]
     first = (
         "Test accuracy in percent, mean ± standard deviation over n seeds, every choice on the validation split. Mean: "
         "of the single branches. Highest: of the branch that is best on the validation split. Ens.: of their weighted "
