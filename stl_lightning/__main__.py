@@ -75,6 +75,8 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it when it ends)
         return FAILED if name in TRAINING else DONE
     except OSError as error:  # such as a folder of somebody else's
+        if name in TRAINING:  # may be of the user's code, or pass
+            raise
         print(f"stl {name}: error: {error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:

@@ -256,9 +256,8 @@ class SpectralDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         slices = self.slices_in("train", training=True)
-        loader = ResumableLoader(slices, self.batch_size, self.seed, self._workers_for(slices), self.chunk)
-        loader.is_same_order = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
-        return loader
+        overfits = bool(self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
+        return ResumableLoader(slices, self.batch_size, self.seed, self._workers_for(slices), self.chunk, overfits)
 
     def val_dataloader(self) -> ResumableLoader:
         return self.loader("val")

@@ -1,4 +1,7 @@
-"""The exceptions a user may see. Each message states what was expected, what was received and the setting to change."""
+"""The exceptions a user may see, and how the user is told of anything else.
+
+Each message states what was expected, what was received and the setting to change.
+"""
 
 import contextlib
 import sys

@@ -55,6 +55,7 @@ def n_training_images(n_examples: int, batch_size: int) -> int:
 class ResumableLoader:
     """Iterates over the batches of the current epoch, in training order or (without a seed) in stored order.
 
+    With `is_same_order`, every epoch has the order of the first, as to overfit a few batches.
     With `chunk`, it yields a `Chunk` of so many batches at a time. `state_dict` counts the batches handed out, whatever
     worker processes have prefetched, so a run that continues from it sees each of the remaining batches once.
     """
@@ -68,13 +69,14 @@ class ResumableLoader:
         seed: int | None = None,
         num_workers: int = 0,
         chunk: int | None = None,
+        is_same_order: bool = False,
     ) -> None:
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
         self.chunk = chunk
-        self.is_same_order = False  # whether every epoch has the order of the first, as to overfit a few batches
+        self.is_same_order = is_same_order
         self.epoch = 0
         self.position = 0  # batches handed out since the epoch began
         self._resume_at: tuple[int, int] | None = None

@@ -53,17 +53,12 @@ class RankInfo:
         return tuple(range(self.rank, n_branches, step))
 
     def share(self, branches: Sequence[int]) -> tuple[int, ...]:
-        """Of branches that were asked for by number, those of this process; of an array, the one of its task.
+        """Of branches that were asked for by number, those of this process: as `branches`, among so many ranks or more.
 
-        Raises: ConfigError if there is none.
+        Of fewer than there are ranks, and in the task of an array, all: each was asked for its own, then.
         """
-        if self.world_size is None:
-            owned = [branch for branch in branches if branch == self.rank]
-        else:
-            owned = list(branches[self.rank :: self.world_size])
-        if not owned:
-            raise ConfigError(f"run.branches: {self._what()}; expected a branch for each, got {list(branches)}")
-        return tuple(owned)
+        is_divided = self.world_size is not None and len(branches) >= self.world_size
+        return tuple(branches[self.rank :: self.world_size] if is_divided else branches)
 
     def _what(self) -> str:
         if self.world_size is None:

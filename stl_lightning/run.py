@@ -95,12 +95,14 @@ def check_same_settings(
 
 
 def check_same_images(run: Run, settings: Mapping[str, Any]) -> None:
-    """What branches of a run are scored on, or compared with, must have the same images, split and seed.
+    """Compare the images, their split and seed with those that the branches of a run were trained on.
 
     Raises: RunError that names the keys at which these settings differ.
     """
     there, here = ({key: of.get(key) for key in COMPARED} for of in (run.settings, settings))
-    check_same_settings(run.paths, there, here, "Expected the images that it was trained with (`data.root`)")
+    check_same_settings(
+        run.paths, there, here, "Expected data.root, data.val_size, data.augment and the seed of the run"
+    )
 
 
 def open_run(paths: RunPaths) -> Run:

@@ -21,7 +21,7 @@ from typing import IO
 
 from stl_lightning import leaving
 from stl_lightning.attempts import begin_attempt, desk_of, owner_started, process_started
-from stl_lightning.errors import STLError
+from stl_lightning.errors import STLError, say
 from stl_lightning.exits import DONE, FAILED, INTERRUPTED
 from stl_lightning.paths import BranchPaths, RunPaths
 from stl_lightning.ranks import RankInfo, job_id
@@ -71,8 +71,7 @@ def supervise(args: Sequence[str], retries: int) -> int:
             return _exit_code(ended)
         if ended.code < 0 and len(ended.branches) > 1 and is_last_chance(ended, retries):
             ways = ["--run.stack=false"]  # a branch that has its whole process killed is then the only one to fail
-        with contextlib.suppress(OSError):  # a disk that is full is one of the reasons to try again
-            print(f"stl fit: {how_it_ended(ended.code)}; trying again in {pause_s:.0f} s", file=sys.stderr, flush=True)
+        say(f"stl fit: {how_it_ended(ended.code)}; trying again in {pause_s:.0f} s")
         _pause(pause_s)
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
     return INTERRUPTED

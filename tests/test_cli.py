@@ -19,6 +19,7 @@ from stl_lightning.cli.ensemble import load_ensemble
 from stl_lightning.exits import DONE, INTERRUPTED
 from stl_lightning.module import BranchModule
 from stl_lightning.paths import RunPaths
+from stl_lightning.run import RunOptions
 from stl_lightning.status import read_status
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -109,23 +110,15 @@ def test_a_schedule_that_outlives_the_training_is_told(tmp_path: Path, capfd: Ca
     assert "total_steps: 71 steps, but the training ends after 36" in capfd.readouterr().err
 
 
-def test_a_precision_that_is_emulated_is_told(tmp_path: Path, capfd: Capture) -> None:
-    """On this machine, where it is, as its clock says."""
-    assert stl("fit", tmp_path, "--trainer.precision=bf16-mixed", "--run.branches=[0]") == 0
-    assert ("32-true is many times faster" in capfd.readouterr().err) == (slowdown_of_bfloat16() > 3)
-
-
-def slowdown_of_bfloat16() -> float:
-    """Of a convolution layer, against float32."""
-    images, layer = torch.randn(64, 64, 16, 16), torch.nn.Conv2d(64, 64, 3)
-
-    def seconds(enabled: bool) -> float:
-        start = time.perf_counter()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            layer(images)
-        return time.perf_counter() - start
-
-    return min(seconds(True) for _ in range(5)) / min(seconds(False) for _ in range(5))
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_a_precision_that_is_emulated_is_told(
+    is_there: bool, precision: str, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stl_lightning.training.precision.has_bfloat16", lambda device: is_there)
+    assert stl("fit", tmp_path, f"--trainer.precision={precision}", "--run.branches=[0]") == 0
+    is_told = "32-true is many times faster" in capfd.readouterr().err
+    assert is_told == (precision == "bf16-mixed" and not is_there)
 
 
 TYPOS = {
@@ -258,6 +251,24 @@ def test_a_branch_that_is_named_twice_trains_once(tmp_path: Path) -> None:
     assert read_status(RunPaths(tmp_path / "digits").branch(2), 2).attempt == 1
 
 
+def test_a_folder_that_cannot_be_looked_at_is_named(tmp_path: Path, capfd: Capture) -> None:
+    assert main(["status", str(tmp_path / ("x" * 300))]) == 2
+    assert "File name too long" in capfd.readouterr().err
+
+
+def test_results_that_are_none_are_named(tmp_path: Path, capfd: Capture) -> None:
+    run = RunPaths(tmp_path / "digits")
+    run.results.parent.mkdir(parents=True)
+    run.results.write_text("{}")
+    assert main(["report", str(run.folder)]) == 2
+    assert "repeat `stl ensemble" in capfd.readouterr().err
+
+
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunOptions(root="~/runs", name="a").paths.folder == tmp_path / "runs" / "a"
+
+
 def write_npz(file: Path, seed: int) -> str:
     """Images of noise in two classes; the same labels and the same size whatever the seed."""
     images, labels = np.random.default_rng(seed).random((2, 40, 8, 8), dtype=np.float32), np.arange(40) % 2
@@ -274,7 +285,7 @@ def test_a_run_is_scored_on_its_own_images_only(tmp_path: Path, capfd: Capture) 
     for command in ("ensemble", "report"):
         capfd.readouterr()
         assert main([command, str(run), f"--data.root={other}"]) == 2
-        assert "Expected the images that it was trained with" in capfd.readouterr().err
+        assert "Expected data.root" in capfd.readouterr().err
     assert main(["ensemble", str(run)]) == 0
     assert (run / "ensemble" / "results.json").read_text() == kept
 

@@ -124,8 +124,7 @@ def test_a_loader_goes_on_where_its_state_says(first: int, num_workers: int) -> 
 
 @pytest.mark.parametrize("is_same_order", [False, True])
 def test_overfitting_sees_the_same_batches_in_every_epoch(is_same_order: bool) -> None:
-    loader = ResumableLoader(module().slices_in("train"), 100, seed=1)
-    loader.is_same_order = is_same_order
+    loader = ResumableLoader(module().slices_in("train"), 100, seed=1, is_same_order=is_same_order)
     first = next(iter(loader))[0]
     loader.set_epoch(1)
     assert torch.equal(next(iter(loader))[0], first) == is_same_order

@@ -575,11 +575,19 @@ class Forgetful(nn.Linear):
         return super().forward(nn.functional.dropout(x.flatten(1), 0.5, self.training))
 
 
+class Untrainable(Forgetful):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            raise ValueError("not to be trained")
+        return super().forward(x)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"network": with_torch_dropout}, "draws random numbers"),
         ({"network": Forgetful}, "draws random numbers"),
+        ({"network": Untrainable}, "or fails"),
         ({"trainer": {"min_epochs": 2}, "options": {"patience": 1}}, "min_epochs"),
     ],
 )

@@ -17,8 +17,10 @@ find_python() { # the newest of the Pythons on PATH that will do; $PYTHON overri
 
 make_environment() {
     local venv="$CHECKOUT/.venv" extras=$1 state
-    if [ ! -x "$venv/bin/uv" ] && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-        "$(find_python)" -m venv --clear "$venv" # none is there, or an interrupted one
+    if [ ! -x "$venv/bin/python" ]; then
+        "$(find_python)" -m venv "$venv"
+    elif [ ! -x "$venv/bin/uv" ] && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        "$venv/bin/python" -m ensurepip >/dev/null # making it was interrupted
     fi
     # Installing takes seconds even when nothing is missing: skip it while neither the pins nor the project changed.
     # What `test` installed is more than enough for `quickstart`.

@@ -26,7 +26,6 @@ from stl_lightning.strategy import pick_device
 from stl_lightning.tracking import TrackingOptions
 from stl_lightning.training import (
     BranchJob,
-    check_precision,
     check_schedule,
     check_trainer_settings,
     different_settings,
@@ -118,7 +117,7 @@ class SpectralCLI(LightningCLI):
         Raises: ConfigError and DataError, also from the constructors of the network and the optimiser.
         """
         check_trainer_settings(dict(self.config.trainer))
-        device = pick_device(self.config.trainer.accelerator, local_rank=0)
+        pick_device(self.config.trainer.accelerator, local_rank=0)
         built = self.parser.instantiate(self.config)  # constructs the options, which check themselves
         try_trainer(_with_list(dict(built.trainer)))
         ensemble = self.ensemble_options
@@ -135,7 +134,6 @@ class SpectralCLI(LightningCLI):
         if module.scheduler_factory is not None:
             _, (scheduler,) = made
             check_schedule(scheduler, module.lr_interval, dict(built.trainer), data.n_train_images, data.batch_size)
-        check_precision(self.config.trainer.precision, device)
 
     def claim(self) -> Run:
         """Open the run directory for this config, if nothing is wrong with it."""

@@ -197,8 +197,7 @@ def _checked_cli(planned: Launch) -> "SpectralCLI":
         if paths.run_json.exists():
             run = open_run(paths)
             check_same_settings(paths, run.settings, cli.data.agreement())
-        begun = [branch for branch in range(cli.data.n_branches) if paths.branch(branch).config.exists()]
-        check_branch(cli.job(run, (begun or [0])[0]))
+        check_branch(cli.job(run, 0))
     planned.n_branches = cli.data.n_branches
     _check_size(planned)
     return cli

@@ -30,7 +30,9 @@ def predict(args: list[str]) -> int:
 def _score(cli: SpectralCLI, split: Split) -> int:
     """Compute the logits of each branch of this rank, keep them where `stl ensemble` finds them, print the scores."""
     run = open_run(cli.options.paths)
-    check_same_settings(run.paths, run.settings, cli.data.agreement(), "Expected what it was trained with")
+    check_same_settings(
+        run.paths, run.settings, cli.data.agreement(), "Expected the config of the run (`branches/NN/config.yaml`)"
+    )
     for branch in cli.owned_branches():
         job = cli.job(run, branch)
         check_same_config(job)

@@ -11,8 +11,9 @@ from stl_lightning.exits import DONE, FAILED
 from stl_lightning.ranks import RankInfo
 from stl_lightning.run import check_same_images, claim_run, open_run
 from stl_lightning.status import read_status
+from stl_lightning.strategy import pick_device
 from stl_lightning.supervisor import is_given_up, is_supervised, tell_supervisor
-from stl_lightning.training import BranchJob, Outcome, check_branches, train_branches
+from stl_lightning.training import BranchJob, Outcome, check_branches, train_branches, warn_of_emulation
 
 
 def fit_rank(args: list[str]) -> int:
@@ -58,6 +59,9 @@ def baseline(args: list[str]) -> int:
 def train_all(jobs: Sequence[BranchJob]) -> int:
     """Train the branches, whatever becomes of each; returns how many failed."""
     check_branches(jobs)
+    if jobs:
+        settings = jobs[0].trainer_settings
+        warn_of_emulation(settings.get("precision"), pick_device(settings.get("accelerator") or "auto", 0))
     return train_branches(jobs, report)
 
 

@@ -14,11 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 Shape = tuple[int, int, int]
 
 FEW, MORE = 2, 4  # images of the two batches that are tried; BatchNorm cannot train on one
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "16": torch.float16,
-    "64": torch.float64,
-}  # of `trainer.precision`; anything else is float32
+# Of `trainer.precision`; anything else is float32.
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
 
 
 def n_parameters(network: nn.Module) -> int:
@@ -34,8 +31,8 @@ def weight_bytes(network: nn.Module) -> int:
 def multiply_adds(network: nn.Module, in_shape: Shape) -> int:
     """Of the forward pass of one image: those of matrix products and convolutions, which are nearly all.
 
-    Half of `torch.utils.flop_counter.FlopCounterMode`, which counts the multiplication and the addition; those of an
-    `nn.LSTM` it does not know.
+    Half of `torch.utils.flop_counter.FlopCounterMode`, which counts the multiplication and the addition; an
+    `nn.LSTM` counts as none.
     """
     first = next(network.parameters())
     fuses = torch.backends.mha.get_fastpath_enabled()

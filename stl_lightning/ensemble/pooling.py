@@ -89,16 +89,16 @@ def temper(log_probs: Tensor, temperature: float) -> Tensor:
     return (log_probs / temperature).log_softmax(-1)
 
 
-def fit_temperature(log_probs: Tensor, labels: Tensor, smoothing: float = 0.0) -> float:
+def fit_temperature(log_probs: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> float:
     """The temperature in [T_MIN, T_MAX] whose `temper` has the lowest NLL on (n, k), (n,).
 
-    smoothing: the share of each label that goes to all classes alike.
+    label_smoothing: the share e of each label that goes to all classes alike; it adds -e s mean d to f.
 
     With margins d = log p - log p_y the NLL is f(s) = mean logsumexp(s d), convex in s = 1 / temperature;
     f' = mean E[d] and f'' = mean Var[d]. Newton's method inside a bracket. Source: Guo et al. 2017.
     """
     margins = (log_probs - log_probs.gather(-1, labels[:, None])).double()
-    towards_all = smoothing * margins.mean().item()
+    towards_all = label_smoothing * margins.mean().item()
     low, high, scale = 1 / T_MAX, 1 / T_MIN, 1.0
     for _ in range(60):
         probs = (margins * scale).softmax(-1)
@@ -120,7 +120,7 @@ def cautious_temperature(log_probs: Tensor, labels: Tensor) -> float:
     worthless: 1 / (n + 1) of each label then goes to all classes alike. Source: Platt 1999, section 2.2.
     """
     all_right = bool((log_probs.argmax(-1) == labels).all())
-    return fit_temperature(log_probs, labels, smoothing=1 / (len(labels) + 1) if all_right else 0.0)
+    return fit_temperature(log_probs, labels, label_smoothing=1 / (len(labels) + 1) if all_right else 0.0)
 
 
 def calibrated_nll(log_probs: Tensor, labels: Tensor) -> float:

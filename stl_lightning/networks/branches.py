@@ -35,12 +35,14 @@ class BranchNetworks:
                 if not options:
                     raise
                 raise ConfigError(f"model.network_of, branch {branch}: {error}") from error
-            except (TypeError, ValueError, RuntimeError) as error:
+            except TypeError as error:
                 call = ", ".join([str(in_shape), str(n_classes), *(f"{key}={options[key]!r}" for key in options)])
                 raise ConfigError(
                     f"model.network{f'_of, branch {branch}' if options else ''}: expected a class that is called as "
                     f"network(in_shape, n_classes), here network({call}); it answered: {error}"
                 ) from error
+            except (ValueError, RuntimeError, OSError) as error:
+                raise ConfigError(f"model.network: its constructor raised {type(error).__name__}: {error}") from error
 
     def designs(self, n_branches: int) -> list[int]:
         """One branch of each set of options.

@@ -10,7 +10,7 @@ from stl_lightning.training.job import (
     load_best,
 )
 from stl_lightning.training.length import check_schedule, planned_steps, steps_an_epoch
-from stl_lightning.training.precision import check_precision
+from stl_lightning.training.precision import warn_of_emulation
 from stl_lightning.training.trainer import check_trainer_settings, make_trainer, predicting_trainer, try_trainer
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "Outcome",
     "check_branch",
     "check_branches",
-    "check_precision",
     "check_same_config",
     "check_schedule",
     "check_trainer_settings",
@@ -30,4 +29,5 @@ __all__ = [
     "steps_an_epoch",
     "train_branches",
     "try_trainer",
+    "warn_of_emulation",
 ]

@@ -143,7 +143,7 @@ def _say_why_not_stacked(waiting: Sequence[Attempt]) -> None:
     with suppress(STLError):  # is found again, and recorded, when the branch trains
         reason = why_not_stacked(waiting[0].job, waiting[0].job.built_module())
         if reason is not None:
-            print(f"the branches train one after the other: {reason}", flush=True)
+            say(f"the branches train one after the other: {reason}", sys.stdout)
 
 
 def next_group(waiting: Sequence[Attempt]) -> tuple[list[Attempt], list[Attempt]]:

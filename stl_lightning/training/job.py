@@ -117,7 +117,7 @@ def why_not_stacked(job: BranchJob, module: BranchModule) -> str | None:
     if module.network is None or not can_stack(module.network):
         return "model.network has buffers that are not in its state_dict, or weights that are there twice"
     if chain(module.network) is None and _draws(module.network, job.data.in_shape):
-        return "model.network draws random numbers; stl_lightning.networks.Dropout draws them for each branch"
+        return "model.network draws random numbers (stl_lightning.networks.Dropout draws them a branch), or fails"
     if any(not isinstance(callback, ProgressBar) for callback in job.trainer_settings.get("callbacks") or []):
         return "trainer.callbacks act on one branch"
     if job.options.patience and (job.trainer_settings.get("min_epochs") or job.trainer_settings.get("min_steps")):
@@ -126,10 +126,13 @@ def why_not_stacked(job: BranchJob, module: BranchModule) -> str | None:
 
 
 def _draws(network: nn.Module, in_shape: tuple[int, int, int]) -> bool:
-    """Whether a training pass of a network on the CPU takes numbers from torch's generator."""
+    """Whether a training pass of a network on the CPU takes numbers from torch's generator, or comes to no end."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         before = torch.get_rng_state()
-        copy.deepcopy(network).train()(torch.zeros(2, *in_shape))
+        try:
+            copy.deepcopy(network).train()(torch.zeros(2, *in_shape))
+        except Exception:  # of the user's code: is recorded where the branch trains, alone
+            return True
         return not torch.equal(torch.get_rng_state(), before)
 
 
@@ -155,7 +158,7 @@ def check_same_config(job: BranchJob) -> None:
         listed = "; ".join(f"{key} was {a!r} and is now {b!r}" for key, (a, b) in differing.items())
         raise RunError(
             f"branch {job.branch}: {begun.folder} was begun with other settings: {listed}. "
-            "Choose another `run.name`, or delete the folder"
+            "Expected the same of all branches of a run; choose another `run.name`"
         )
 
 

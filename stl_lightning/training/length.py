@@ -1,12 +1,11 @@
 """How long a training is going to be, from its settings alone, and whether the schedule is as long."""
 
 import math
-import sys
 from typing import Any
 
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from stl_lightning.errors import ConfigError
+from stl_lightning.errors import ConfigError, say
 from stl_lightning.loaders import n_training_images
 from stl_lightning.training.trainer import is_usual
 
@@ -47,4 +46,4 @@ def check_schedule(
             f"got {total}"
         )
     if total > planned:
-        print(f"{key}: {total} {interval}s, but the training ends after {planned}, within the cycle", file=sys.stderr)
+        say(f"{key}: {total} {interval}s, but the training ends after {planned}, within the cycle")

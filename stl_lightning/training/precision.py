@@ -1,22 +1,22 @@
 """Whether a device computes in the precision of `trainer.precision`, or only emulates it."""
 
 import platform
-import sys
 
 import torch
 
+from stl_lightning.errors import say
 
-def check_precision(precision: str | int | None, device: torch.device) -> None:
-    """Says so where bfloat16 is emulated: the results are the same, but float32 is many times faster there.
 
-    A CPU computes in it if it has AVX-512, AMX or ARM's bfloat16 (those that oneDNN has kernels for), a GPU from
-    compute capability 8.0.
+def warn_of_emulation(precision: str | int | None, device: torch.device) -> None:
+    """Say so where bfloat16 is emulated: with the numbers that hardware would give, but many times slower than float32.
+
+    A CPU computes in it if oneDNN has kernels for it there (AVX-512, AMX, ARM's bfloat16), a GPU from compute
+    capability 8.0.
     """
     if str(precision).startswith("bf16") and not has_bfloat16(device):
-        print(
+        say(
             f"trainer.precision: {precision} is emulated on {device.type} of {platform.node()}, which has no "
-            "instructions for bfloat16; 32-true is many times faster there",
-            file=sys.stderr,
+            "instructions for bfloat16; 32-true is many times faster there"
         )
 
 
