@@ -10,6 +10,7 @@ from PIL import Image
 
 from stl_lightning.__main__ import main
 from stl_lightning.paths import RunPaths
+from stl_lightning.training.precision import has_bfloat16
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SHORT = ["--trainer.max_steps=3", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
@@ -55,6 +56,8 @@ def test_every_config_is_tried() -> None:
 def test_a_config_trains(name: str, command: str, real_data: Real, tmp_path: Path) -> None:
     config = CONFIGS / f"{name}.yaml"
     branch = ["--run.branches=[1]"] if command == "fit" else []
+    if not has_bfloat16(torch.device("cpu")):  # emulated, it takes minutes
+        branch.append("--trainer.precision=32-true")
     args = [command, "--config", str(config), f"--run.root={tmp_path / 'runs'}", *SHORT, *branch]
     assert main(args + DATA[name](real_data, tmp_path)) == 0
     run = RunPaths(tmp_path / "runs" / yaml.safe_load(config.read_text())["run"]["name"])
