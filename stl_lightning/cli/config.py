@@ -24,13 +24,7 @@ from stl_lightning.ranks import RankInfo
 from stl_lightning.run import Run, RunOptions, claim_run
 from stl_lightning.strategy import pick_device
 from stl_lightning.tracking import TrackingOptions
-from stl_lightning.training import (
-    BranchJob,
-    check_schedule,
-    check_trainer_settings,
-    different_settings,
-    try_trainer,
-)
+from stl_lightning.training import BranchJob, check_schedule, check_trainer_settings, different_settings, try_trainer
 
 PASSED_ON = (
     "data.root", "data.store", "data.num_workers", "data.eval_batch_size", "trainer.accelerator", "tracking.",

@@ -88,7 +88,7 @@ def _baseline(run: "Run", overrides: Sequence[str]) -> "BranchJob | None":
     baseline = open_run(run.paths.baseline)
     check_same_images(run, baseline.settings)
     of_images = [override for override in overrides if not override.startswith("--data.store")]
-    for job in jobs_of_run(baseline, of_images):
+    job = next(iter(jobs_of_run(baseline, of_images)), None)
+    if job is not None:
         check_same_images(baseline, job.data.agreement())
-        return job
-    return None
+    return job

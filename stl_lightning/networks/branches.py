@@ -26,6 +26,7 @@ class BranchNetworks:
         Raises: ConfigError if the class refuses its options or the shape, or is no such class.
         """
         options = self.options.get(branch, {})
+        setting = f"model.network_of, branch {branch}" if options else "model.network"
         # On the CPU whatever the accelerator: another device would draw other numbers.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(branch_seed(seed, branch))
@@ -34,15 +35,15 @@ class BranchNetworks:
             except ConfigError as error:
                 if not options:
                     raise
-                raise ConfigError(f"model.network_of, branch {branch}: {error}") from error
+                raise ConfigError(f"{setting}: {error}") from error
             except TypeError as error:
                 call = ", ".join([str(in_shape), str(n_classes), *(f"{key}={options[key]!r}" for key in options)])
                 raise ConfigError(
-                    f"model.network{f'_of, branch {branch}' if options else ''}: expected a class that is called as "
-                    f"network(in_shape, n_classes), here network({call}); it answered: {error}"
+                    f"{setting}: expected a class that is called as network(in_shape, n_classes), "
+                    f"here network({call}); it answered: {error}"
                 ) from error
             except (ValueError, RuntimeError, OSError) as error:
-                raise ConfigError(f"model.network: its constructor raised {type(error).__name__}: {error}") from error
+                raise ConfigError(f"{setting}: its constructor raised {type(error).__name__}: {error}") from error
 
     def designs(self, n_branches: int) -> list[int]:
         """One branch of each set of options.

@@ -3,6 +3,7 @@
 import random
 import socket
 import time
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,8 +54,9 @@ class LocalScene(Scene):
         rank = self.rank(branch)
         return rank is not None and send(rank.pid, number)
 
+    @abstractmethod
     def supervisor(self, branch: int) -> Logged:
-        raise NotImplementedError
+        """What watches over the rank of a branch."""
 
     def supervisor_lives(self, branch: int) -> bool:
         return not self.supervisor(branch).is_over()

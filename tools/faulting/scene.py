@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Rank:
     started: int | None = None
 
 
-class Scene:
+class Scene(ABC):
     """A run of its own and everything that was started for it; `close` ends it all."""
 
     where = ""
@@ -109,42 +110,45 @@ class Scene:
 
     # --- what differs between SLURM and this machine
 
+    @abstractmethod
     def host_of(self, branch: int) -> str:
         """What the rank of a branch calls its host; * for any."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rank(self, branch: int) -> Rank | None:
         """The process that trains a branch, if it lives."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lives(self, rank: Rank) -> bool:
-        raise NotImplementedError
+        """Whether it still runs."""
 
+    @abstractmethod
     def signal_rank(self, branch: int, number: int) -> bool:
         """Whether there was one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def signal_supervisor(self, branch: int, number: int) -> bool:
         """To whatever watches over the rank: `stl fit --retries`, or `stl launch --local`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start(self) -> None:
-        raise NotImplementedError
+        """Begin to train all branches."""
 
+    @abstractmethod
     def go_on(self) -> None:
         """Resubmit what does not come right by itself. Called again and again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judged(self, branch: int) -> tuple[str, float | None]:
         """What `stl status` calls a branch, and the age of its heartbeat."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run_stl(self, *args: str) -> tuple[int, str]:
         """The exit code of a command that ends by itself, and what it prints."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """End everything that was started for it."""
 
     def environ(self) -> dict[str, str]:
         """The variables of everything that is started for the run."""

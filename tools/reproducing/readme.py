@@ -10,7 +10,6 @@ from reproducing.files import read_record
 
 Row = Mapping[str, Any]
 
-
 PARTS = ("branch", "all_branches", "baseline")  # of the costs of a recipe
 
 
