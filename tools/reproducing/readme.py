@@ -55,7 +55,7 @@ def n_branches(record: Row) -> int:
 
 
 MADE = (
-    *("", "command", "seeds", "all branches in", "the baseline in", "weights chosen"),
+    *("", "command", "seeds", "precision", "all branches in", "the baseline in", "weights chosen"),
     *("standard error of Ens.", "NLL", "ECE", "goal"),
 )
 
@@ -68,6 +68,7 @@ def how_made(name: str, record: Row) -> list[str]:
         record["title"],
         f"`{' '.join([record['command'], *record['settings']])}`",
         ", ".join(map(str, record["seeds"])),
+        ", ".join(precisions(record)),
         f"{seconds(record['elapsed_s'])}, {processes} process{'' if processes == '1' else 'es'}",
         seconds(baseline["elapsed_s"]),
         ", ".join(dict.fromkeys(record["chosen"]["values"])),
@@ -123,9 +124,16 @@ def variants(records: Mapping[str, Row]) -> str:
     lines: list[str] = []
     for record in records.values():
         rows = [variant_row("the recipe", record)] if record["seeds"] else []
-        rows += [variant_row(row["title"], row) for row in record["variants"].values()]
+        for row in record["variants"].values():
+            other = [name for name in precisions(row) if record["seeds"] and name not in precisions(record)]
+            rows.append(variant_row(", ".join([row["title"], *other]), row))
         lines += [f"**{record['title']}**", "", *table(head, rows), ""]
     return "\n".join(lines)
+
+
+def precisions(row: Row) -> list[str]:
+    """In which its seeds were trained."""
+    return list(dict.fromkeys(row["precision"]["values"]))
 
 
 def variant_row(title: str, row: Row) -> list[str]:

@@ -8,28 +8,31 @@ from typing import Any
 from benchmarks.machine import machine, versions
 
 from reproducing.files import read_json
+from reproducing.readme import PARTS
 from reproducing.train import CHECKOUT, Training
 
-SIZES = ("n_parameters", "weight_bytes", "multiply_adds", "activation_bytes", "bytes_read_epoch")
+SIZES = ("n_parameters", "weight_bytes", "multiply_adds", "bytes_read_epoch")
 Row = dict[str, Any]
 
 
 def row_of(training: Training) -> Row:
     """Of a training that has come to its end. Reads its files, and asks `stl cost`."""
     run = training.folder
-    results, costs = read_results(run), training.costs()
+    results, said = read_results(run), training.costs()
+    costs = {"branch": said["branches"][0]} | {name: said[name] for name in PARTS[1:] if said[name]}
+    if training.only_baseline:
+        costs = {"baseline": costs["baseline"]}
     row: Row = {
         "trained": training.trained(),
         "machine": where_trained(),
+        "precision": said["precision"],
         "commit": commit(),
         "elapsed_s": elapsed_s(run / "branches"),
+        "costs": {part: {key: of[key] for key in SIZES} for part, of in costs.items()},
+        "activation_bytes": {part: of["activation_bytes"] for part, of in costs.items()},
     }
     if training.only_baseline:
-        return {
-            **row,
-            "baseline": percent(results["ensemble"]["accuracy"]),
-            "costs": {"baseline": sizes(costs["baseline"])},
-        }
+        return {**row, "baseline": percent(results["ensemble"]["accuracy"])}
     return {
         **row,
         "slices_per_branch": slices_per_branch(run),
@@ -45,11 +48,7 @@ def row_of(training: Training) -> Row:
             "worst": table(results["lost"]["worst"], "k"),
         },
         "by_members": table(results["by_members"], "n"),
-        "costs": {
-            "branch": sizes(costs["branches"][0]),
-            **{name: sizes(costs[name]) for name in ("all_branches", "baseline") if costs[name]},
-        },
-        "bytes_sent": costs["all_branches"]["bytes_sent"],
+        "bytes_sent": said["all_branches"]["bytes_sent"],
         "n_processes": n_processes(run),
     }
 
@@ -61,10 +60,6 @@ def percent(share: float) -> float:
 def table(rows: Iterable[Row], name: str) -> Row:
     """Test accuracy in percent and calibration error of each row, by what it is called."""
     return {str(row[name]): {"accuracy": percent(row["test"]["accuracy"]), "ece": row["test"]["ece"]} for row in rows}
-
-
-def sizes(costs: Row) -> Row:
-    return {key: costs[key] for key in SIZES}
 
 
 def elapsed_s(branches: Path) -> float | None:

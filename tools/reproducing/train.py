@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from reproducing.experiments import RECIPE, Experiment
 from stl_lightning.exits import INTERRUPTED
+from stl_lightning.training.precision import has_bfloat16
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 STL = (sys.executable, "-m", "stl_lightning")
@@ -48,8 +50,19 @@ class Training:
         variant = self.experiment.rows[self.key]
         return [*self.experiment.settings, *(variant.settings if variant else ()), *self.extra]
 
+    def precision(self) -> list[str]:
+        """The setting for float32 where the recipe is in bfloat16 and this machine only emulates that, many times slower.
+
+        A row may have seeds of both, and says so; whoever names a precision gets it.
+        """
+        of_recipe = [f"--trainer.precision={self.config.get('trainer', {}).get('precision')}", *self.settings()]
+        asked = [setting for setting in of_recipe if setting.startswith("--trainer.precision=")][-1]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        emulated = asked.startswith("--trainer.precision=bf16") and not has_bfloat16(device)
+        return ["--trainer.precision=32-true"] if emulated and asked not in self.extra else []
+
     def trained(self) -> dict[str, Any]:
-        """With what it is trained, but for the seed: two that agree in it are of one row."""
+        """With what it is trained, but for the seed and `precision`: two that agree in it are of one row."""
         text = json.dumps(self.config, sort_keys=True)
         return {"settings": self.settings(), "config": hashlib.sha256(text.encode()).hexdigest()}
 
@@ -60,7 +73,8 @@ class Training:
         """
         own = [f"--seed_everything={self.seed}", f"--run.root={self.root}", f"--run.name={self.name}"]
         quiet = "--trainer.enable_progress_bar=false"
-        args = ["--config", str(CHECKOUT / self.experiment.config), *self.settings(), *own, *self.where(), quiet]
+        config = ["--config", str(CHECKOUT / self.experiment.config)]
+        args = [*config, *self.settings(), *self.precision(), *own, *self.where(), quiet]
         side_by_side = ["launch", f"--local={self.n_processes}", "--no-ensemble"]
         train = ["baseline"] if self.only_baseline else ["run"] if self.n_processes is None else side_by_side
         return [[*train, *args], *([] if train == ["run"] else [self._scored()])]
