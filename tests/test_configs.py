@@ -14,7 +14,8 @@ from stl_lightning.training.precision import has_bfloat16
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SHORT = ["--trainer.max_steps=3", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
-FEW_IMAGES = ["--data.val_size=100", "--data.batch_size=4", "--data.eval_batch_size=4", "--data.num_workers=0"]
+SHORT += ["--data.batch_size=16", "--data.eval_batch_size=16"]
+FEW_IMAGES = ["--data.val_size=100", "--data.batch_size=2", "--data.eval_batch_size=2", "--data.num_workers=0"]
 
 Real = Callable[[str], Path]
 

@@ -80,13 +80,13 @@ def all_train(state: RunState) -> bool:
 
 def test_a_killed_worker_costs_nobody_a_failure(tmp_path: Path) -> None:
     """SIGKILL of one of two workers while all four branches train: its branches go on, and the ensemble is made."""
-    with launched(tmp_path, "--trainer.max_epochs=500", "--run.checkpoint_every_s=1") as process:
+    with launched(tmp_path, "--trainer.max_epochs=150", "--run.checkpoint_every_s=1") as process:
         wait_for(tmp_path, all_train)
         assert ended("status", tmp_path / "digits")[0] == UNFINISHED
         victim = last_launch(tmp_path).workers[0]
         os.kill(victim.pid, signal.SIGKILL)
         code, said = ended("launch", "--config", "configs/digits.yaml", "--local=2", "--run.root", tmp_path)
-        assert (code, "trainer.max_epochs was 500" in said) == (REFUSED, True)
+        assert (code, "trainer.max_epochs was 150" in said) == (REFUSED, True)
         printed = process.communicate(timeout=PATIENCE_S)[0]
     assert process.returncode == DONE, printed
     state = read_run_state(RunPaths(tmp_path / "digits"))
@@ -103,7 +103,7 @@ def test_a_killed_worker_costs_nobody_a_failure(tmp_path: Path) -> None:
 
 def test_asked_to_leave_it_saves_and_goes_on_later(tmp_path: Path) -> None:
     """`stl cancel` from another terminal; then `stl resubmit` on this machine, to the end."""
-    short = ("--trainer.max_epochs=150", "--run.checkpoint_every_s=1")
+    short = ("--trainer.max_epochs=80", "--run.checkpoint_every_s=1")
     run = tmp_path / "digits"
     with launched(tmp_path, *short) as process:
         wait_for(tmp_path, all_train)

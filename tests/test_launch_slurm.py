@@ -95,10 +95,10 @@ def test_cancelled_branches_go_on_after_resubmit(run: Run) -> None:
         "class Crawl(Callback):\n"
         "    def on_train_epoch_end(self, trainer, module):\n"
         f"        if Path({str(crawl)!r}).exists():\n"
-        "            time.sleep(1)\n"
+        "            time.sleep(3)\n"
     )
     crawl.touch()
-    options = ["--trainer.max_epochs=150", "--run.checkpoint_every_s=0", "--trainer.callbacks+=crawl.Crawl"]
+    options = ["--trainer.max_epochs=40", "--run.checkpoint_every_s=0", "--trainer.callbacks+=crawl.Crawl"]
     code, said = run.launch(*options)
     assert code == DONE, said
     run.wait_for(lambda state: all(branch["state"] == "running" and branch["step"] for branch in state["branches"]))

@@ -175,6 +175,33 @@ def test_a_run_is_scored_with_the_ensemble_of_today(tmp_path: Path) -> None:
     assert planned["recipe"][0].commands()[-1][2:] == ["--ensemble.flips=true", "--ensemble.space=prob"]
 
 
+@pytest.mark.parametrize("has_it", [True, False])
+def test_a_recipe_in_bfloat16_is_trained_in_float32_where_that_is_emulated(
+    has_it: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("stl_lightning.training.precision.has_bfloat16", lambda _: has_it)
+    asked, instead = "--trainer.precision=bf16-mixed", "--trainer.precision=32-true"
+
+    def said(name: str, *settings: str) -> list[str]:
+        (training, *_) = trainings(name, EXPERIMENTS[name], tmp_path, None, settings)["recipe"]
+        assert instead not in training.trained()["settings"] or instead in settings  # a row has seeds of both
+        return [arg for arg in training.commands()[0] if arg.startswith("--trainer.precision=")]
+
+    assert said("cifar10-best") == [] if has_it else [instead]  # its config asks for it
+    assert said("cifar10-poster") == [asked] if has_it else [asked, instead]
+    assert said("mnist-poster") == []
+    assert said("cifar10-best", asked) == [asked]  # whoever names a precision gets it
+
+
+def test_a_row_in_another_precision_says_so() -> None:
+    recipe, same, other = ({"precision": spread(texts)} for texts in (["bf16-mixed"], ["bf16-mixed"], ["32-true"]))
+    row = RECORDS["digits"] | recipe
+    record = row | {"variants": {"a": row | {"title": "A"} | same, "b": row | {"title": "B"} | other}}
+    said = readme.variants({"digits": record})
+    assert "| A | 3 |" in said
+    assert "| B, 32-true | 3 |" in said
+
+
 READS = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, variants=reads(1, 1, 4))
 SHORT = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, variants=reads(1, 1, 2) | shorter(1, (), ""))
 

@@ -34,7 +34,8 @@ TRAINING = {
     "torchrun": ["--nodes=2", "--ntasks=4"],
 }
 # One process trains all branches stacked, another one alone: in 32 bits Adam amplifies the difference in rounding.
-SETTINGS = ["--trainer.precision=64-true", "--run.checkpoint_every_s=0"]
+SETTINGS = ["--trainer.precision=64-true"]
+OFTEN = {"array": ["--run.checkpoint_every_s=0"]}  # saved, so that there is something to go on from
 N_BRANCHES = 4
 REQUEUED, CUT_OFF = 1, 2  # branches of the array, and what happens to them
 
@@ -317,7 +318,7 @@ def submit_training(cluster: Cluster, folder: Path, template: str, *options: str
     common = [f"--output={folder}/{template}-%x-%a.out", *options]
     job = cluster.submit(
         *common, *TRAINING[template], f"slurm/{template}.sbatch", DIGITS, f"--run.root={folder / template}", *SETTINGS,
-        cwd=CHECKOUT,
+        *OFTEN.get(template, []), cwd=CHECKOUT,
     )  # fmt: skip
     run = folder / template / "digits"
     return job, cluster.submit(*common, f"--dependency=afterany:{job}", "slurm/ensemble.sbatch", run, cwd=CHECKOUT)

@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 import torch
 
+from stl_lightning.training.precision import has_bfloat16
+
 Side = Callable[["Turn"], None]
 Values = dict[str, list[float] | str]  # of each side: its numbers, or why there are none
 
@@ -42,6 +44,17 @@ def needs(package: str, module: str | None = None) -> ModuleType:
         return import_module(module or package)
     except ModuleNotFoundError as error:
         raise Missing(f"{package} cannot be imported ({error}): pip install -e '.[bench]'") from error
+
+
+def in_bfloat16(side: "Side", device: str) -> "Side":
+    """The side where the device computes in bfloat16: emulated, it takes minutes and tells nothing."""
+
+    def checked(turn: Turn) -> None:
+        if not has_bfloat16(torch.device(device)):
+            raise Missing(f"bfloat16 is emulated on this {device}")
+        side(turn)
+
+    return checked
 
 
 class Turn:

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from reproducing.experiments import RECIPE, Experiment
 from stl_lightning.exits import INTERRUPTED
-from stl_lightning.training.precision import has_bfloat16
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 STL = (sys.executable, "-m", "stl_lightning")
@@ -51,15 +49,20 @@ class Training:
         return [*self.experiment.settings, *(variant.settings if variant else ()), *self.extra]
 
     def precision(self) -> list[str]:
-        """The setting for float32 where the recipe is in bfloat16 and this machine only emulates that, many times slower.
+        """The setting for float32 where the recipe is in bfloat16 and this machine only emulates that, far too slowly.
 
         A row may have seeds of both, and says so; whoever names a precision gets it.
         """
         of_recipe = [f"--trainer.precision={self.config.get('trainer', {}).get('precision')}", *self.settings()]
         asked = [setting for setting in of_recipe if setting.startswith("--trainer.precision=")][-1]
+        if asked in self.extra or not asked.startswith("--trainer.precision=bf16"):
+            return []
+        import torch  # takes seconds, and few recipes get here
+
+        from stl_lightning.training.precision import has_bfloat16
+
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        emulated = asked.startswith("--trainer.precision=bf16") and not has_bfloat16(device)
-        return ["--trainer.precision=32-true"] if emulated and asked not in self.extra else []
+        return [] if has_bfloat16(device) else ["--trainer.precision=32-true"]
 
     def trained(self) -> dict[str, Any]:
         """With what it is trained, but for the seed and `precision`: two that agree in it are of one row."""

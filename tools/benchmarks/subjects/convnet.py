@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks import plain
-from benchmarks.compare import Pair, Side, Turn, rows
+from benchmarks.compare import Pair, Side, Turn, in_bfloat16, rows
 from benchmarks.data import Data
 from benchmarks.setting import Setting
 from benchmarks.stl import NO_AUGMENTATION, arguments, training
@@ -39,9 +39,10 @@ def measure(setting: Setting) -> Iterator[dict[str, Any]]:
 def sides(setting: Setting, data: Data, device: str) -> dict[str, Side]:
     stl = partial(arguments, setting, "cifar10.yaml", data, device, *NO_AUGMENTATION)
     ours = {f"stl {way}": training(stl(*settings), data.n) for way, settings in WAYS.items()}
-    ours |= {f"stl {way}, bfloat16": training(stl(*settings, BF16), data.n) for way, settings in WAYS.items()}
-    plain_loops = {FLOAT: by_plain_loops(data, device, None), BFLOAT: by_plain_loops(data, device, torch.bfloat16)}
-    return ours | plain_loops
+    plain_loops = {FLOAT: by_plain_loops(data, device, None)}
+    bfloat = {f"stl {way}, bfloat16": training(stl(*settings, BF16), data.n) for way, settings in WAYS.items()}
+    bfloat[BFLOAT] = by_plain_loops(data, device, torch.bfloat16)
+    return ours | plain_loops | {name: in_bfloat16(side, device) for name, side in bfloat.items()}
 
 
 def by_plain_loops(data: Data, device: str, dtype: torch.dtype | None) -> Side:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from benchmarks.compare import Missing, Pair, Side, Turn, rows
+from benchmarks.compare import Missing, Pair, Side, Turn, in_bfloat16, rows
 from benchmarks.plain import BATCH
 from benchmarks.setting import Setting
 from benchmarks.stl import NO_AUGMENTATION, arguments, training
@@ -42,7 +42,8 @@ def measure(setting: Setting) -> Iterator[dict[str, Any]]:
             # Compiling takes too long to be quick.
             for option, added in list(options.items())[: setting.choose(None, 2)]:
                 side = training(stl(*added), data.n)
-                sides[f"{name}, {option}"] = with_compiler(side) if COMPILED in added else side
+                side = with_compiler(side) if COMPILED in added else side
+                sides[f"{name}, {option}"] = in_bfloat16(side, device) if BFLOAT in added else side
             values = setting.take_turns(sides, threads)
             pairs = [Pair(other, without) for other in sides if other != without]
             yield from rows(values, pairs, "samples x branches / s", device=device, threads=threads, data=data.origin)
