@@ -151,8 +151,9 @@ def test_every_run_has_a_name_and_a_place_of_its_own(tmp_path: Path) -> None:
     runs = [
         run
         for name, experiment in EXPERIMENTS.items()
-        for of in trainings(name, experiment, tmp_path).values()
+        for key, of in trainings(name, experiment, tmp_path).items()
         for run in of
+        if key != "baseline-stacked"
     ]
     assert len({run.folder for run in runs}) == len(runs)
     assert all(f"--seed_everything={run.seed}" in command for run in runs for command in run.commands()[:1])
@@ -200,6 +201,13 @@ def test_a_row_in_another_precision_says_so() -> None:
     said = readme.variants({"digits": record})
     assert "| A | 3 |" in said
     assert "| B, 32-true | 3 |" in said
+
+
+def test_the_conventional_network_is_trained_once_for_both_of_its_rows(tmp_path: Path) -> None:
+    planned = trainings("digits", EXPERIMENTS["digits"], tmp_path)
+    plain, stacked = planned["baseline"][1], planned["baseline-stacked"][1]
+    assert stacked.folder == plain.folder
+    assert stacked.commands()[1] == [*plain.commands()[1], "--ensemble.weighting=stacking"]
 
 
 READS = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, variants=reads(1, 1, 4))

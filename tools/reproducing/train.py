@@ -150,7 +150,7 @@ def trainings(
     found = {}
     for key, variant in experiment.rows.items():
         listed = range(variant.seeds if variant and variant.seeds else experiment.seeds)
-        label = name if key in (RECIPE, "baseline") else f"{name}-{key}"
+        label = name if key in (RECIPE, "baseline") or (variant and variant.only_scored) else f"{name}-{key}"
         found[key] = [
             Training(f"{label}-seed{seed}", experiment, key, seed, root, config, tuple(extra), data, n_processes)
             for seed in (listed if seeds is None else seeds)
