@@ -21,22 +21,23 @@ from torch.nn import functional as F
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.append(str(TOOLS))
 
-from benchmarks import compare, packages, plain  # noqa: E402
+from benchmarks import packages, plain  # noqa: E402
 from benchmarks.compare import (  # noqa: E402
     Missing,
     Pair,
     SideError,
     Turn,
     alternate,
-    in_bfloat16,
     is_met,
     needs,
+    only_where,
     row,
     rows,
     spread,
     steadily,
 )
 from benchmarks.data import generated  # noqa: E402
+from benchmarks.stl import no_bfloat16  # noqa: E402
 from benchmarks.subjects import SUBJECTS  # noqa: E402
 from benchmarks.verdict import compared  # noqa: E402
 
@@ -135,9 +136,9 @@ def test_what_is_not_installed_is_skipped_with_the_reason(tmp_path: Path) -> Non
 
 
 def test_bfloat16_is_skipped_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    side = in_bfloat16(counting(tmp_path / "log", "a"), "cpu")
+    side = only_where(partial(no_bfloat16, "cpu"), counting(tmp_path / "log", "a"))
     for has_it, expected in ((True, [1]), (False, "bfloat16 is emulated on this cpu")):
-        monkeypatch.setattr(compare, "has_bfloat16", lambda _, has_it=has_it: has_it)
+        monkeypatch.setattr("stl_lightning.training.precision.has_bfloat16", lambda _, has_it=has_it: has_it)
         assert alternate({"a": side}, repetitions=1, threads=1)["a"] == expected
 
 

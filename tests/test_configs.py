@@ -1,4 +1,4 @@
-"""Every shipped config is complete: it loads by itself and trains a few real steps."""
+"""Every shipped config is complete: it loads by itself and trains a few real steps, convolutions in small batches."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +10,12 @@ from PIL import Image
 
 from stl_lightning.__main__ import main
 from stl_lightning.paths import RunPaths
-from stl_lightning.training.precision import has_bfloat16
+from stl_lightning.training import is_emulated
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SHORT = ["--trainer.max_steps=3", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
-SHORT += ["--data.batch_size=16", "--data.eval_batch_size=16"]
-FEW_IMAGES = ["--data.val_size=100", "--data.batch_size=2", "--data.eval_batch_size=2", "--data.num_workers=0"]
+SMALL = ["--data.batch_size=16", "--data.eval_batch_size=16"]
+FEW_IMAGES = ["--data.val_size=100", "--data.batch_size=4", "--data.eval_batch_size=4", "--data.num_workers=0"]
 
 Real = Callable[[str], Path]
 
@@ -38,7 +38,7 @@ def photographs(real_data: Real, folder: Path) -> Path:
 DATA: dict[str, Callable[[Real, Path], list[str]]] = {
     "digits": lambda real, folder: [],
     **{name: lambda real, folder: [f"--data.root={real('mnist')}"] for name in ("mnist", "mnist-best", "mnist-conv")},
-    **{name: lambda real, folder: [f"--data.root={real('cifar10')}"] for name in ("cifar10", "cifar10-best")},
+    **{name: lambda real, folder: [f"--data.root={real('cifar10')}", *SMALL] for name in ("cifar10", "cifar10-best")},
     "imagenet": lambda real, folder: [
         "--data.source=imagefolder",
         f"--data.root={photographs(real, folder / 'photographs')}",
@@ -57,7 +57,7 @@ def test_every_config_is_tried() -> None:
 def test_a_config_trains(name: str, command: str, real_data: Real, tmp_path: Path) -> None:
     config = CONFIGS / f"{name}.yaml"
     branch = ["--run.branches=[1]"] if command == "fit" else []
-    if not has_bfloat16(torch.device("cpu")):  # emulated, it takes minutes
+    if is_emulated("bf16-mixed", torch.device("cpu")):  # which takes minutes
         branch.append("--trainer.precision=32-true")
     args = [command, "--config", str(config), f"--run.root={tmp_path / 'runs'}", *SHORT, *branch]
     assert main(args + DATA[name](real_data, tmp_path)) == 0

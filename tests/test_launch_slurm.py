@@ -91,11 +91,13 @@ def test_cancelled_branches_go_on_after_resubmit(run: Run) -> None:
     """They train at a crawl until then: none can finish before it is cancelled, however fast the machine."""
     slow, crawl = run.root / "crawl.py", run.root / "slow"
     slow.write_text(
-        "import time\nfrom pathlib import Path\nfrom lightning.pytorch import Callback\n\n"
+        "import time\nfrom pathlib import Path\nfrom lightning.pytorch import Callback\n"
+        "from stl_lightning.leaving import asked\n\n"
         "class Crawl(Callback):\n"
         "    def on_train_epoch_end(self, trainer, module):\n"
-        f"        if Path({str(crawl)!r}).exists():\n"
-        "            time.sleep(3)\n"
+        "        until = time.monotonic() + 4\n"
+        f"        while Path({str(crawl)!r}).exists() and not asked() and time.monotonic() < until:\n"
+        "            time.sleep(0.1)\n"
     )
     crawl.touch()
     options = ["--trainer.max_epochs=40", "--run.checkpoint_every_s=0", "--trainer.callbacks+=crawl.Crawl"]

@@ -18,7 +18,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reproducing import curve, readme
 from reproducing.experiments import EXPERIMENTS, GROUPS, N_TEST, Experiment, reads, shorter
-from reproducing.records import combine, gather, keep, pick, read_rows, record_of, rows_of, spread, take_apart
+from reproducing.records import (
+    DERIVED,
+    SHARED,
+    check_rows,
+    combine,
+    gather,
+    keep,
+    pick,
+    read_rows,
+    record_of,
+    rows_of,
+    spread,
+    take_apart,
+    without,
+)
 from reproducing.summary import commit
 from reproducing.train import Planned, Training, call, trainings
 
@@ -151,9 +165,8 @@ def test_every_run_has_a_name_and_a_place_of_its_own(tmp_path: Path) -> None:
     runs = [
         run
         for name, experiment in EXPERIMENTS.items()
-        for key, of in trainings(name, experiment, tmp_path).items()
+        for of in trainings(name, experiment, tmp_path).values()
         for run in of
-        if key != "baseline-stacked"
     ]
     assert len({run.folder for run in runs}) == len(runs)
     assert all(f"--seed_everything={run.seed}" in command for run in runs for command in run.commands()[:1])
@@ -176,38 +189,81 @@ def test_a_run_is_scored_with_the_ensemble_of_today(tmp_path: Path) -> None:
     assert planned["recipe"][0].commands()[-1][2:] == ["--ensemble.flips=true", "--ensemble.space=prob"]
 
 
+MIXED, FULL = "--trainer.precision=bf16-mixed", "--trainer.precision=32-true"
+
+
+def precision_of(name: str, root: Path, *settings: str) -> list[str]:
+    """The settings of `trainer.precision` that the first training gets; the last one counts."""
+    (training, *_) = trainings(name, EXPERIMENTS[name], root, None, settings)["recipe"]
+    of_today = trainings(name, EXPERIMENTS[name], root)["recipe"][0]
+    assert training.trained()["settings"] == [*of_today.trained()["settings"], *settings[1:]]  # one row, any precision
+    return [arg for arg in training.commands()[0] if arg.startswith("--trainer.precision=")]
+
+
 @pytest.mark.parametrize("has_it", [True, False])
 def test_a_recipe_in_bfloat16_is_trained_in_float32_where_that_is_emulated(
     has_it: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("stl_lightning.training.precision.has_bfloat16", lambda _: has_it)
-    asked, instead = "--trainer.precision=bf16-mixed", "--trainer.precision=32-true"
-
-    def said(name: str, *settings: str) -> list[str]:
-        (training, *_) = trainings(name, EXPERIMENTS[name], tmp_path, None, settings)["recipe"]
-        assert instead not in training.trained()["settings"] or instead in settings  # a row has seeds of both
-        return [arg for arg in training.commands()[0] if arg.startswith("--trainer.precision=")]
-
-    assert said("cifar10-best") == [] if has_it else [instead]  # its config asks for it
-    assert said("cifar10-poster") == [asked] if has_it else [asked, instead]
-    assert said("mnist-poster") == []
-    assert said("cifar10-best", asked) == [asked]  # whoever names a precision gets it
+    assert precision_of("cifar10-best", tmp_path) == ([] if has_it else [FULL])  # its config asks for it
+    assert precision_of("cifar10-poster", tmp_path) == ([MIXED] if has_it else [MIXED, FULL])
+    assert precision_of("mnist-poster", tmp_path) == []
+    assert precision_of("cifar10-best", tmp_path, MIXED) == [MIXED]  # whoever names one gets it
 
 
-def test_a_row_in_another_precision_says_so() -> None:
-    recipe, same, other = ({"precision": spread(texts)} for texts in (["bf16-mixed"], ["bf16-mixed"], ["32-true"]))
-    row = RECORDS["digits"] | recipe
-    record = row | {"variants": {"a": row | {"title": "A"} | same, "b": row | {"title": "B"} | other}}
-    said = readme.variants({"digits": record})
-    assert "| A | 3 |" in said
-    assert "| B, 32-true | 3 |" in said
+@pytest.mark.parametrize(("begun_in", "has_it"), [("bf16-mixed", False), ("32-true", True)])
+def test_a_training_goes_on_in_the_precision_it_began_in(
+    begun_in: str, has_it: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("stl_lightning.training.precision.has_bfloat16", lambda _: has_it)
+    branch = tmp_path / "cifar10-best-seed0" / "branches" / "02"
+    branch.mkdir(parents=True)
+    (branch / "config.yaml").write_text(f"trainer:\n  precision: {begun_in}\n")
+    assert precision_of("cifar10-best", tmp_path) == [f"--trainer.precision={begun_in}"]
 
 
-def test_the_conventional_network_is_trained_once_for_both_of_its_rows(tmp_path: Path) -> None:
-    planned = trainings("digits", EXPERIMENTS["digits"], tmp_path)
-    plain, stacked = planned["baseline"][1], planned["baseline-stacked"][1]
-    assert stacked.folder == plain.folder
-    assert stacked.commands()[1] == [*plain.commands()[1], "--ensemble.weighting=stacking"]
+def in_precision(*precisions: str) -> dict[str, Any]:
+    """A row of the digits with a seed in each."""
+    row = pick(without(RECORDS["digits"], (*DERIVED, *SHARED, "seeds")), 0)
+    shared = {key: RECORDS["digits"][key] for key in SHARED}
+    return combine({seed: row | shared | {"precision": name} for seed, name in enumerate(precisions)})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "other", "told"),
+    [
+        (["bf16-mixed"], ["bf16-mixed"], "A"),
+        (["bf16-mixed"], ["32-true"], "A, 32-true"),
+        (["bf16-mixed", "32-true"], ["32-true"], "A, 32-true"),
+        (["bf16-mixed"], ["bf16-mixed", "32-true", "32-true"], "A, bf16-mixed (1), 32-true (2)"),
+        (["bf16-mixed", "32-true"], ["bf16-mixed", "32-true"], "A, bf16-mixed (1), 32-true (1)"),
+    ],
+)
+def test_a_row_in_another_precision_says_so(recipe: list[str], other: list[str], told: str) -> None:
+    variants = {"a": {"title": "A"} | in_precision(*other)}
+    said = readme.variants({"digits": RECORDS["digits"] | in_precision(*recipe) | {"variants": variants}})
+    assert f"| {told} | {len(other)} |" in said
+
+
+def test_seeds_of_two_precisions_are_not_compared() -> None:
+    found = {"baseline": spread([1.0, 1.0]), "precision": spread(["32-true", "32-true"]), "elapsed_s": spread([9.0])}
+    record = RECORDS["digits"] | in_precision("bf16-mixed", "32-true") | {"goal": 97.0}
+    record["variants"] = {"baseline": found | {"seeds": [0, 1]}}
+    lead = record["ensemble"]["values"][1] - 1.0
+    assert readme.goal(record).endswith(f"(+{lead:.2f})")
+    assert "| bf16-mixed (1), 32-true (1); the baseline 32-true |" in readme.results({"digits": record})
+    record["variants"] = {"baseline": found | {"seeds": [0, 7]}}
+    assert "baseline" not in readme.goal(record)
+
+
+def test_rows_of_an_older_version_are_refused_before_any_training(tmp_path: Path) -> None:
+    planned, file = _planned(), tmp_path / "digits.json"
+    _keep(file, "recipe", 0, 90.0)
+    record = json.loads(file.read_text())
+    del record["precision"]
+    file.write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="recipe, seed 0: other columns, of an older version"):
+        check_rows(file, planned, replace=False)
 
 
 READS = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, variants=reads(1, 1, 4))
@@ -244,9 +300,10 @@ def test_the_seeds_of_a_row_are_counted_where_they_differ() -> None:
     assert "| 3 | " in readme.results({"digits": record})
     assert "| 95.00 (n = 1) |" in readme.results({"digits": record})
     ours = dict(zip(record["seeds"], record["ensemble"]["values"], strict=True))
-    record["variants"] = {"baseline": {"seeds": [2], "baseline": spread([ours[2] - 1])}}
+    found = {"precision": spread(["32-true"])}
+    record["variants"] = {"baseline": found | {"seeds": [2], "baseline": spread([ours[2] - 1])}}
     assert readme.goal(record) == "97.0: met; above the baseline of equal multiply-adds: met (+1.00)"
-    record["variants"] = {"baseline": {"seeds": [7], "baseline": spread([99.0])}}
+    record["variants"] = {"baseline": found | {"seeds": [7], "baseline": spread([99.0])}}
     assert readme.goal(record) == "97.0: met"
 
 
@@ -365,7 +422,7 @@ def _planned(*settings: str) -> Planned:
 
 def _row(training: Training, value: float) -> dict[str, Any]:
     name = "baseline" if training.only_baseline else "ensemble"
-    return {"trained": training.trained(), name: value}
+    return {"trained": training.trained(), "precision": "32-true", name: value}
 
 
 def _keep(file: Path, key: str, seed: int, value: float) -> None:

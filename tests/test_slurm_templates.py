@@ -35,7 +35,8 @@ TRAINING = {
 }
 # One process trains all branches stacked, another one alone: in 32 bits Adam amplifies the difference in rounding.
 SETTINGS = ["--trainer.precision=64-true"]
-OFTEN = {"array": ["--run.checkpoint_every_s=0"]}  # saved, so that there is something to go on from
+# The array is interrupted: its branches save after every step, so that they have something to go on from.
+ALSO = {"array": ["--run.checkpoint_every_s=0"]}
 N_BRANCHES = 4
 REQUEUED, CUT_OFF = 1, 2  # branches of the array, and what happens to them
 
@@ -318,7 +319,7 @@ def submit_training(cluster: Cluster, folder: Path, template: str, *options: str
     common = [f"--output={folder}/{template}-%x-%a.out", *options]
     job = cluster.submit(
         *common, *TRAINING[template], f"slurm/{template}.sbatch", DIGITS, f"--run.root={folder / template}", *SETTINGS,
-        *OFTEN.get(template, []), cwd=CHECKOUT,
+        *ALSO.get(template, []), cwd=CHECKOUT,
     )  # fmt: skip
     run = folder / template / "digits"
     return job, cluster.submit(*common, f"--dependency=afterany:{job}", "slurm/ensemble.sbatch", run, cwd=CHECKOUT)

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.distributed import HashStore, init_process_group, new_group
 from torch.distributed.device_mesh import init_device_mesh
 
 from stl_lightning.errors import CommunicationError
-from stl_lightning.traffic import Traffic, forbid_process_groups
+from stl_lightning.traffic import Traffic, forbid_process_groups, kernel, node
 from stl_lightning.traffic.guard import INNER, PUBLIC
 from stl_lightning.traffic.kernel import CLOSE_WAIT, LISTEN, KernelSockets, Socket, parse_socket
 from stl_lightning.traffic.ledger import N_REMOTES, Ledger
@@ -243,20 +244,31 @@ print(json.dumps(traffic.totals()))
     assert totals["remotes"]
 
 
+def test_a_look_asks_no_process_twice_for_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine has hundreds, and a rank looks every few seconds."""
+    asked: Counter[int] = Counter()
+    monkeypatch.setattr(node, "parent_of", lambda pid, real=node.parent_of: asked.update([pid]) or real(pid))
+    tree = ProcessTree(os.getpid())
+    for _ in range(3):
+        tree.holders()
+    assert set(asked.values()) == {1}
+
+
 @needs_kernel
-def test_a_look_is_cheap(others: dict[str, tuple[str, int]]) -> None:
-    """With 20 connections it takes less than to read the sizes of 1,500 files, on any machine."""
-    totals = rank(
-        "traffic.start(); held = [connect() for _ in range(20)]\n"
-        "def seconds(work):\n"
-        "    before = time.thread_time(); work(); return time.thread_time() - before\n"
-        "def sizes():\n"
-        "    for _ in range(1500): os.stat(sys.executable)\n"
-        "looks, reads = zip(*[(seconds(traffic.sample), seconds(sizes)) for _ in range(51)])\n"
-        "plain = traffic.totals; traffic.totals = lambda: plain() | {'look': min(looks), 'reads': min(reads)}",
-        others["ipv4"],
-    )
-    assert totals["look"] < totals["reads"], (totals["look"], totals["reads"])
+def test_a_look_takes_two_requests_for_all_sockets(
+    others: dict[str, tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[int] = []
+    monkeypatch.setattr(kernel, "_dump", lambda family, real=kernel._dump: requests.append(family) or real(family))
+    traffic = Traffic()
+    traffic.start()
+    with contextlib.ExitStack() as held:
+        for _ in range(20):
+            held.enter_context(socket.create_connection(others["ipv4"]))
+        requests.clear()
+        traffic.sample()
+        assert requests == [socket.AF_INET, socket.AF_INET6]
+        traffic.stop()
 
 
 def test_looks_of_several_threads_agree(others: dict[str, tuple[str, int]]) -> None:

@@ -10,7 +10,7 @@ from stl_lightning.training.job import (
     load_best,
 )
 from stl_lightning.training.length import check_schedule, planned_steps, steps_an_epoch
-from stl_lightning.training.precision import warn_of_emulation
+from stl_lightning.training.precision import is_emulated, warn_of_emulation
 from stl_lightning.training.trainer import check_trainer_settings, make_trainer, predicting_trainer, try_trainer
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "check_schedule",
     "check_trainer_settings",
     "different_settings",
+    "is_emulated",
     "load_best",
     "make_trainer",
     "planned_steps",

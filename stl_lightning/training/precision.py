@@ -13,11 +13,16 @@ def warn_of_emulation(precision: str | int | None, device: torch.device) -> None
     A CPU computes in it if oneDNN has kernels for it there (AVX-512, AMX, ARM's bfloat16), a GPU from compute
     capability 8.0.
     """
-    if str(precision).startswith("bf16") and not has_bfloat16(device):
+    if is_emulated(precision, device):
         say(
             f"trainer.precision: {precision} is emulated on {device.type} of {platform.node()}, which has no "
             "instructions for bfloat16; 32-true is many times faster there"
         )
+
+
+def is_emulated(precision: str | int | None, device: torch.device) -> bool:
+    """Whether a device only emulates the bfloat16 of `trainer.precision`; False for any other precision."""
+    return str(precision).startswith("bf16") and not has_bfloat16(device)
 
 
 def has_bfloat16(device: torch.device) -> bool:

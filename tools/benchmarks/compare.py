@@ -21,8 +21,6 @@ from typing import Any, Literal
 
 import torch
 
-from stl_lightning.training.precision import has_bfloat16
-
 Side = Callable[["Turn"], None]
 Values = dict[str, list[float] | str]  # of each side: its numbers, or why there are none
 
@@ -46,12 +44,12 @@ def needs(package: str, module: str | None = None) -> ModuleType:
         raise Missing(f"{package} cannot be imported ({error}): pip install -e '.[bench]'") from error
 
 
-def in_bfloat16(side: "Side", device: str) -> "Side":
-    """The side where the device computes in bfloat16: emulated, it takes minutes and tells nothing."""
+def only_where(missing: Callable[[], str | None], side: "Side") -> "Side":
+    """The side, where nothing is missing; or else its rows are skipped with what `missing` says."""
 
     def checked(turn: Turn) -> None:
-        if not has_bfloat16(torch.device(device)):
-            raise Missing(f"bfloat16 is emulated on this {device}")
+        if reason := missing():
+            raise Missing(reason)
         side(turn)
 
     return checked

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 
 from benchmarks.compare import Side, Turn
@@ -38,6 +39,13 @@ def arguments(setting: Setting, config: str, data: Data, device: str, *more: str
         f"--trainer.accelerator={device}",
         *more,
     ]
+
+
+def no_bfloat16(device: str) -> str | None:
+    """Emulated, a training takes minutes and tells nothing."""
+    from stl_lightning.training import is_emulated
+
+    return f"bfloat16 is emulated on this {device}" if is_emulated("bf16", torch.device(device)) else None
 
 
 def training(args: Sequence[str], n_samples: int) -> Side:

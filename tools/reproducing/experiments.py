@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 Settings = tuple[str, ...]
 
 RECIPE = "recipe"  # what the row of the recipe itself is called
+PARTS = ("branch", "all_branches", "baseline")  # of the costs of a recipe
 COLUMNS = ("mean", "highest", "ensemble", "baseline")  # of the poster's Table 1
 
 
@@ -14,15 +15,13 @@ COLUMNS = ("mean", "highest", "ensemble", "baseline")  # of the poster's Table 1
 class Variant:
     """The same recipe with some settings changed. `seeds`: fewer than the experiment's, where it is not the headline.
 
-    `only_baseline`: trains the conventional network and no branch. `only_scored`: is the network of the row `baseline`,
-    which is trained once; the settings are those of its ensemble.
+    `only_baseline`: trains the conventional network and no branch.
     """
 
     title: str
     settings: Settings = ()
     seeds: int | None = None
     only_baseline: bool = False
-    only_scored: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,6 @@ def unsplit(n_seeds: int, network: str, **options: object) -> dict[str, Variant]
     }
 
 
-def stacked(n_seeds: int) -> dict[str, Variant]:
-    """The conventional network with the affine correction of its outputs that an ensemble gets from stacking."""
-    title, settings = "the conventional network, stacking on its outputs", ("--ensemble.weighting=stacking",)
-    return {"baseline-stacked": Variant(title, settings, n_seeds, only_baseline=True, only_scored=True)}
-
-
 def shorter(n_seeds: int, also: Settings, note: str) -> dict[str, Variant]:
     """The conventional network beside variants in fewer epochs."""
     return {"baseline-short": Variant(f"the conventional network{note}", also, n_seeds, only_baseline=True)}
@@ -118,7 +111,7 @@ EXPERIMENTS = {
         "digits",
         "configs/digits.yaml",
         seeds=3,
-        variants=controls(3) | unsplit(3, "MLP", depth=3, width=119) | stacked(3),
+        variants=controls(3) | unsplit(3, "MLP", depth=3, width=119),
     ),
     "mnist-poster": Experiment(
         "MNIST, B = 16, the poster's settings",
@@ -137,7 +130,7 @@ EXPERIMENTS = {
         settings=("--trainer.max_epochs=2", *FAST),
         poster=(81.67, 85.54, 89.64, 91.86),
         poster_on="CIFAR-10, B = 4, in 300 epochs",
-        variants=controls(1) | stacked(3),
+        variants=controls(1),
     ),
     "photos-poster": Experiment(
         "2,000 photographs, B = 16, 10 epochs",

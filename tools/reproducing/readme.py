@@ -1,16 +1,15 @@
 """The README's tables of what was reproduced, from the JSON files of `tools/reproduce`. Nothing in them is typed."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from reproducing.experiments import COLUMNS, EXPERIMENTS, N_TEST
+from reproducing.experiments import COLUMNS, EXPERIMENTS, N_TEST, PARTS
 from reproducing.files import read_record
 
 Row = Mapping[str, Any]
-
-PARTS = ("branch", "all_branches", "baseline")  # of the costs of a recipe
 
 
 def read_records(folder: Path) -> dict[str, Row]:
@@ -63,12 +62,13 @@ MADE = (
 def how_made(name: str, record: Row) -> list[str]:
     """How a row was made, how long it took, how sure it is, what it was to reach."""
     processes = " or ".join(map(str, sorted(set(record["n_processes"]["values"]))))
-    baseline = record["variants"].get("baseline", {"elapsed_s": {"values": []}})
+    baseline = record["variants"].get("baseline", {"elapsed_s": {"values": []}, "precision": record["precision"]})
+    precision = [precisions(record)] + ([f"the baseline {precisions(baseline)}"] if differ(baseline, record) else [])
     return [
         record["title"],
         f"`{' '.join([record['command'], *record['settings']])}`",
         ", ".join(map(str, record["seeds"])),
-        ", ".join(precisions(record)),
+        "; ".join(precision),
         f"{seconds(record['elapsed_s'])}, {processes} process{'' if processes == '1' else 'es'}",
         seconds(baseline["elapsed_s"]),
         ", ".join(dict.fromkeys(record["chosen"]["values"])),
@@ -88,7 +88,7 @@ def standard_error(accuracy: float, n: int) -> float:
 def goal(record: Row) -> str:
     """Whether the ensemble has reached what it was to, and is above the conventional network; empty without a goal.
 
-    The two are compared over the seeds that both have.
+    The two are compared over the seeds that both have in one precision.
     """
     if not record["goal"]:
         return ""
@@ -99,7 +99,9 @@ def goal(record: Row) -> str:
 def above(record: Row) -> str:
     baseline = record["variants"].get("baseline", {"seeds": []})
     ours, theirs = (
-        dict(zip(row["seeds"], row[column]["values"], strict=True)) if row["seeds"] else {}
+        dict(zip(zip(row["seeds"], row["precision"]["values"], strict=True), row[column]["values"], strict=True))
+        if row["seeds"]
+        else {}
         for row, column in ((record, "ensemble"), (baseline, "baseline"))
     )
     common = ours.keys() & theirs.keys()
@@ -125,15 +127,24 @@ def variants(records: Mapping[str, Row]) -> str:
     for record in records.values():
         rows = [variant_row("the recipe", record)] if record["seeds"] else []
         for row in record["variants"].values():
-            other = [name for name in precisions(row) if record["seeds"] and name not in precisions(record)]
-            rows.append(variant_row(", ".join([row["title"], *other]), row))
+            precision = f", {precisions(row)}" if record["seeds"] and differ(row, record) else ""
+            rows.append(variant_row(row["title"] + precision, row))
+            if "stacked" in row:
+                corrected = row | {"baseline": row["stacked"]}
+                rows.append(variant_row(f"the same, with stacking on its outputs{precision}", corrected))
         lines += [f"**{record['title']}**", "", *table(head, rows), ""]
     return "\n".join(lines)
 
 
-def precisions(row: Row) -> list[str]:
-    """In which its seeds were trained."""
-    return list(dict.fromkeys(row["precision"]["values"]))
+def precisions(row: Row) -> str:
+    """In which its seeds were trained; of several, how many in each."""
+    counts = Counter(row["precision"]["values"])
+    return ", ".join(name if len(counts) == 1 else f"{name} ({n})" for name, n in counts.items())
+
+
+def differ(row: Row, other: Row) -> bool:
+    """Whether two rows, or the seeds of one, were not all trained in one precision."""
+    return len({*row["precision"]["values"], *other["precision"]["values"]}) > 1
 
 
 def variant_row(title: str, row: Row) -> list[str]:

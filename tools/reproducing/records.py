@@ -114,9 +114,11 @@ def read_rows(file: Path, planned: Planned) -> tuple[Rows, list[str]]:
     rows = {key: seeds for key, seeds in rows.items() if key in planned}
     for key, seeds in rows.items():
         of_today = planned[key][0].trained()
-        for seed in [seed for seed, row in seeds.items() if row["trained"] != of_today]:
-            was = seeds.pop(seed)["trained"]
-            others.append(f"{key}, seed {seed}: other {' and '.join(k for k in of_today if was[k] != of_today[k])}")
+        for seed, row in list(seeds.items()):
+            differing = [k for k in of_today if row["trained"][k] != of_today[k]]
+            if differing or "precision" not in row:
+                del seeds[seed]
+                others.append(f"{key}, seed {seed}: other {' and '.join(differing) or 'columns, of an older version'}")
     return rows, others
 
 

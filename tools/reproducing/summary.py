@@ -7,8 +7,8 @@ from typing import Any
 
 from benchmarks.machine import machine, versions
 
+from reproducing.experiments import PARTS
 from reproducing.files import read_json
-from reproducing.readme import PARTS
 from reproducing.train import CHECKOUT, Training
 
 SIZES = ("n_parameters", "weight_bytes", "multiply_adds", "bytes_read_epoch")
@@ -18,21 +18,24 @@ Row = dict[str, Any]
 def row_of(training: Training) -> Row:
     """Of a training that has come to its end. Reads its files, and asks `stl cost`."""
     run = training.folder
-    results, said = read_results(run), training.costs()
-    costs = {"branch": said["branches"][0]} | {name: said[name] for name in PARTS[1:] if said[name]}
+    results, costs = training.results(), training.costs()
+    of = {"branch": costs["branches"][0]} | {part: costs[part] for part in PARTS[1:] if costs[part]}
     if training.only_baseline:
-        costs = {"baseline": costs["baseline"]}
+        of = {"baseline": of["baseline"]}
     row: Row = {
         "trained": training.trained(),
         "machine": where_trained(),
-        "precision": said["precision"],
+        "precision": costs["precision"],
         "commit": commit(),
         "elapsed_s": elapsed_s(run / "branches"),
-        "costs": {part: {key: of[key] for key in SIZES} for part, of in costs.items()},
-        "activation_bytes": {part: of["activation_bytes"] for part, of in costs.items()},
+        "costs": {part: {key: sizes[key] for key in SIZES} for part, sizes in of.items()},
+        "activation_bytes": {part: sizes["activation_bytes"] for part, sizes in of.items()},
     }
     if training.only_baseline:
-        return {**row, "baseline": percent(results["ensemble"]["accuracy"])}
+        row["baseline"] = percent(results["ensemble"]["accuracy"])
+        if training.key == "baseline":
+            row["stacked"] = percent(training.stacked()["ensemble"]["accuracy"])
+        return row
     return {
         **row,
         "slices_per_branch": slices_per_branch(run),
@@ -48,7 +51,7 @@ def row_of(training: Training) -> Row:
             "worst": table(results["lost"]["worst"], "k"),
         },
         "by_members": table(results["by_members"], "n"),
-        "bytes_sent": said["all_branches"]["bytes_sent"],
+        "bytes_sent": costs["all_branches"]["bytes_sent"],
         "n_processes": n_processes(run),
     }
 
@@ -75,11 +78,6 @@ def n_processes(run: Path) -> int:
     """That trained the branches side by side: those of `stl launch --local`, or one."""
     launches = run / "launch.json"
     return int(read_json(launches)[-1]["n_workers"]) if launches.exists() else 1
-
-
-def read_results(run: Path) -> Row:
-    found: Row = read_json(run / "ensemble" / "results.json")
-    return found
 
 
 def slices_per_branch(run: Path) -> int:

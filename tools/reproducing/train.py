@@ -13,10 +13,13 @@ from typing import Any
 import yaml
 
 from reproducing.experiments import RECIPE, Experiment
+from reproducing.files import read_json
+from stl_lightning.errors import ConfigError
 from stl_lightning.exits import INTERRUPTED
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 STL = (sys.executable, "-m", "stl_lightning")
+PRECISION, MIXED = "--trainer.precision=", "bf16-mixed"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Training:
     extra: tuple[str, ...] = ()  # settings of who calls, as --key=value
     data: Path | None = None  # folder of the data sets
     n_processes: int | None = None  # that train the branches; None: one for all, which stacks them where it can
+    named_precision: str | None = None  # `trainer.precision`, by who calls
 
     @property
     def folder(self) -> Path:
@@ -44,25 +48,37 @@ class Training:
         return variant is not None and variant.only_baseline
 
     def settings(self) -> list[str]:
-        """All but the seed that is set beside the config."""
+        """What is set beside the config, but for what a seed has of its own: its number and its precision."""
         variant = self.experiment.rows[self.key]
         return [*self.experiment.settings, *(variant.settings if variant else ()), *self.extra]
 
-    def precision(self) -> list[str]:
-        """The setting for float32 where the recipe is in bfloat16 and this machine only emulates that, far too slowly.
+    def precision(self) -> str | None:
+        """`trainer.precision` of this seed, if it may be another than the recipe's. A row may have seeds of several.
 
-        A row may have seeds of both, and says so; whoever names a precision gets it.
+        What the caller named, or with what the run has begun; or else float32, where the recipe is in mixed bfloat16
+        and this machine only emulates that, many times slower.
         """
-        of_recipe = [f"--trainer.precision={self.config.get('trainer', {}).get('precision')}", *self.settings()]
-        asked = [setting for setting in of_recipe if setting.startswith("--trainer.precision=")][-1]
-        if asked in self.extra or not asked.startswith("--trainer.precision=bf16"):
-            return []
-        import torch  # takes seconds, and few recipes get here
+        if self.named_precision:
+            return self.named_precision
+        for config in self.folder.glob("branches/*/config.yaml"):
+            begun: str | None = yaml.safe_load(config.read_text())["trainer"]["precision"]
+            return begun
+        if self._asked("trainer.precision") != MIXED:
+            return None
+        from stl_lightning.strategy import pick_device  # takes seconds, and few recipes get here
+        from stl_lightning.training import is_emulated
 
-        from stl_lightning.training.precision import has_bfloat16
+        try:
+            device = pick_device(self._asked("trainer.accelerator") or "auto", 0)
+        except ConfigError:  # as `stl` will say
+            return None
+        return "32-true" if is_emulated(MIXED, device) else None
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return [] if has_bfloat16(device) else ["--trainer.precision=32-true"]
+    def _asked(self, key: str) -> Any:
+        """The value of a setting, such as trainer.precision: of the last one that names it, or of the config."""
+        section, name = key.split(".")
+        named = [setting.partition("=")[2] for setting in self.settings() if setting.startswith(f"--{key}=")]
+        return named[-1] if named else self.config.get(section, {}).get(name)
 
     def trained(self) -> dict[str, Any]:
         """With what it is trained, but for the seed and `precision`: two that agree in it are of one row."""
@@ -76,8 +92,9 @@ class Training:
         """
         own = [f"--seed_everything={self.seed}", f"--run.root={self.root}", f"--run.name={self.name}"]
         quiet = "--trainer.enable_progress_bar=false"
+        precision = [f"{PRECISION}{found}"] if (found := self.precision()) else []
         config = ["--config", str(CHECKOUT / self.experiment.config)]
-        args = [*config, *self.settings(), *self.precision(), *own, *self.where(), quiet]
+        args = [*config, *self.settings(), *precision, *own, *self.where(), quiet]
         side_by_side = ["launch", f"--local={self.n_processes}", "--no-ensemble"]
         train = ["baseline"] if self.only_baseline else ["run"] if self.n_processes is None else side_by_side
         return [[*train, *args], *([] if train == ["run"] else [self._scored()])]
@@ -98,10 +115,30 @@ class Training:
     def carry_out(self) -> int:
         """Train what is not there yet, from where an earlier call was interrupted; 0, or the code of what failed."""
         for command in self.commands():
-            print(f"== {self.name}: stl {command[0]}", flush=True)
+            precision = [arg for arg in command if arg.startswith(PRECISION)][-1:]
+            print(" ".join([f"== {self.name}: stl {command[0]}", *precision]), flush=True)
             if code := call([*STL, *command]):
                 return code
         return 0
+
+    def stacked(self) -> dict[str, Any]:
+        """The results of a conventional network whose outputs get the affine correction that stacking gives an ensemble.
+
+        The run is left scored as it was.
+        """
+
+        def scored(*weighting: str) -> dict[str, Any]:
+            subprocess.run([*self.score(), *weighting], stdout=subprocess.DEVNULL, check=True, cwd=CHECKOUT)
+            return self.results()
+
+        found = scored("--ensemble.weighting=stacking")
+        scored()
+        return found
+
+    def results(self) -> dict[str, Any]:
+        """What the last scoring has written."""
+        found: dict[str, Any] = read_json(self.folder / "ensemble" / "results.json")
+        return found
 
     def costs(self) -> dict[str, Any]:
         """What `stl cost` says of it when it is done."""
@@ -147,12 +184,19 @@ def trainings(
 ) -> Planned:
     """The runs of each row of an experiment; the conventional network is trained in the folder of the recipe."""
     config = yaml.safe_load((CHECKOUT / experiment.config).read_text())
+    precision = [setting.removeprefix(PRECISION) for setting in extra if setting.startswith(PRECISION)]
+    called = {
+        "extra": tuple(setting for setting in extra if not setting.startswith(PRECISION)),
+        "data": data,
+        "n_processes": n_processes,
+        "named_precision": precision[-1] if precision else None,
+    }
     found = {}
     for key, variant in experiment.rows.items():
         listed = range(variant.seeds if variant and variant.seeds else experiment.seeds)
-        label = name if key in (RECIPE, "baseline") or (variant and variant.only_scored) else f"{name}-{key}"
+        label = name if key in (RECIPE, "baseline") else f"{name}-{key}"
         found[key] = [
-            Training(f"{label}-seed{seed}", experiment, key, seed, root, config, tuple(extra), data, n_processes)
+            Training(f"{label}-seed{seed}", experiment, key, seed, root, config, **called)
             for seed in (listed if seeds is None else seeds)
         ]
     return found

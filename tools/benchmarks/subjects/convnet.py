@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from benchmarks import plain
-from benchmarks.compare import Pair, Side, Turn, in_bfloat16, rows
+from benchmarks.compare import Pair, Side, Turn, only_where, rows
 from benchmarks.data import Data
 from benchmarks.setting import Setting
-from benchmarks.stl import NO_AUGMENTATION, arguments, training
+from benchmarks.stl import NO_AUGMENTATION, arguments, no_bfloat16, training
 from stl_lightning.networks import ConvNet
 
 B = 4
@@ -42,7 +42,7 @@ def sides(setting: Setting, data: Data, device: str) -> dict[str, Side]:
     plain_loops = {FLOAT: by_plain_loops(data, device, None)}
     bfloat = {f"stl {way}, bfloat16": training(stl(*settings, BF16), data.n) for way, settings in WAYS.items()}
     bfloat[BFLOAT] = by_plain_loops(data, device, torch.bfloat16)
-    return ours | plain_loops | {name: in_bfloat16(side, device) for name, side in bfloat.items()}
+    return ours | plain_loops | {name: only_where(partial(no_bfloat16, device), side) for name, side in bfloat.items()}
 
 
 def by_plain_loops(data: Data, device: str, dtype: torch.dtype | None) -> Side:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from benchmarks.compare import Missing, Pair, Side, Turn, in_bfloat16, rows
+from benchmarks.compare import Pair, Side, only_where, rows
 from benchmarks.plain import BATCH
 from benchmarks.setting import Setting
-from benchmarks.stl import NO_AUGMENTATION, arguments, training
+from benchmarks.stl import NO_AUGMENTATION, arguments, no_bfloat16, training
 
 BFLOAT, UNFUSED = "--trainer.precision=bf16-mixed", "--model.optimizer.init_args.fused=false"
 COMPILED, CHANNELS_LAST = "--model.compile=default", "--model.channels_last=true"
@@ -42,19 +42,14 @@ def measure(setting: Setting) -> Iterator[dict[str, Any]]:
             # Compiling takes too long to be quick.
             for option, added in list(options.items())[: setting.choose(None, 2)]:
                 side = training(stl(*added), data.n)
-                side = with_compiler(side) if COMPILED in added else side
-                sides[f"{name}, {option}"] = in_bfloat16(side, device) if BFLOAT in added else side
+                side = only_where(no_compiler, side) if COMPILED in added else side
+                side = only_where(partial(no_bfloat16, device), side) if BFLOAT in added else side
+                sides[f"{name}, {option}"] = side
             values = setting.take_turns(sides, threads)
             pairs = [Pair(other, without) for other in sides if other != without]
             yield from rows(values, pairs, "samples x branches / s", device=device, threads=threads, data=data.origin)
 
 
-def with_compiler(side: Side) -> Side:
-    """The side where there is a C++ compiler; torch.compile needs one."""
-
-    def checked(turn: Turn) -> None:
-        if shutil.which(os.environ.get("CXX", "c++")) is None:
-            raise Missing("torch.compile needs a C++ compiler, and there is none")
-        side(turn)
-
-    return checked
+def no_compiler() -> str | None:
+    found = shutil.which(os.environ.get("CXX", "c++"))
+    return None if found else "torch.compile needs a C++ compiler, and there is none"
