@@ -266,6 +266,19 @@ def test_rows_of_an_older_version_are_refused_before_any_training(tmp_path: Path
         check_rows(file, planned, replace=False)
 
 
+def test_the_conventional_network_is_left_scored_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    baseline = trainings("digits", EXPERIMENTS["digits"], tmp_path)["baseline"][0]
+    (baseline.folder / "ensemble").mkdir(parents=True)
+
+    def scored(command: list[str], **_: object) -> None:
+        weighting = [arg.partition("=")[2] for arg in command if arg.startswith("--ensemble.weighting=")]
+        (baseline.folder / "ensemble" / "results.json").write_text(json.dumps({"weighting": weighting}))
+
+    monkeypatch.setattr(subprocess, "run", scored)
+    assert baseline.stacked() == {"weighting": ["stacking"]}
+    assert baseline.results() == {"weighting": []}
+
+
 READS = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, variants=reads(1, 1, 4))
 SHORT = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, variants=reads(1, 1, 2) | shorter(1, (), ""))
 

@@ -122,7 +122,7 @@ class Training:
         return 0
 
     def stacked(self) -> dict[str, Any]:
-        """The results of a conventional network whose outputs get the affine correction that stacking gives an ensemble.
+        """The results of a conventional network with stacking: the affine correction of outputs that an ensemble gets.
 
         The run is left scored as it was.
         """
