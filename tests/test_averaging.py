@@ -14,12 +14,12 @@ from test_groups import (
     assert_close,
     assert_same_branches,
     jobs_of,
-    poison,
     rows,
     state,
     train,
     train_until_killed,
 )
+from test_groups_faults import poison
 from test_leaving import leave_at
 from test_training import assert_same, noisy_mlp
 from torch import Tensor, nn, optim

@@ -103,7 +103,7 @@ def test_rate_of_steady_work() -> None:
 
     values = alternate({"a": steadily(5, prepare, at_least_s=0.1)}, repetitions=1, threads=1, n_warm=0)
     assert isinstance(values["a"], list)
-    assert 100 < values["a"][0] <= 500
+    assert 250 < values["a"][0] <= 500
 
 
 def broken(turn: Turn) -> None:

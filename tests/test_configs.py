@@ -1,4 +1,4 @@
-"""Every shipped config is complete: it loads by itself and trains a few real steps, convolutions in small batches."""
+"""Every shipped config is complete: it loads by itself and trains a few real steps, some in small batches."""
 
 from collections.abc import Callable
 from pathlib import Path

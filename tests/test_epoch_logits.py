@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_groups import N_STEPS, jobs_of, poison, train, train_until_killed
+from test_groups import N_STEPS, jobs_of, train, train_until_killed
+from test_groups_faults import poison
 from test_training import noisy_mlp
 
 from stl_lightning.checkpoint import load_checkpoint

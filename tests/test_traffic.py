@@ -1,30 +1,21 @@
-"""What a rank sends is counted to the byte, by real sockets of real processes; and nobody gets a process group."""
+"""What a rank sends is counted to the byte, by real sockets of real processes."""
 
 import contextlib
 import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed import HashStore, init_process_group, new_group
-from torch.distributed.device_mesh import init_device_mesh
 
-from stl_lightning.errors import CommunicationError
-from stl_lightning.traffic import Traffic, forbid_process_groups, kernel, node
-from stl_lightning.traffic.guard import INNER, PUBLIC
-from stl_lightning.traffic.kernel import CLOSE_WAIT, LISTEN, KernelSockets, Socket, parse_socket
-from stl_lightning.traffic.ledger import N_REMOTES, Ledger
-from stl_lightning.traffic.node import ProcessTree, node_bytes
+from stl_lightning.traffic import Traffic, kernel
+from stl_lightning.traffic.kernel import KernelSockets
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 ANSWER = b"done\n"
@@ -211,6 +202,15 @@ def test_ipv6_is_counted(target: str, others: dict[str, tuple[str, int]]) -> Non
     assert totals["remotes"] == [f"[::1]:{port}" if target == "ipv6" else f"127.0.0.1:{port}"]
 
 
+@pytest.fixture
+def lonely(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @needs_kernel
 @pytest.mark.usefixtures("lonely")
 def test_an_all_reduce_is_seen(tmp_path: Path) -> None:
@@ -242,16 +242,6 @@ print(json.dumps(traffic.totals()))
     assert totals["bytes_sent"] > 50_000 * 4
     assert totals["bytes_received"] > 50_000 * 4
     assert totals["remotes"]
-
-
-def test_a_look_asks_no_process_twice_for_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine has hundreds, and a rank looks every few seconds."""
-    asked: Counter[int] = Counter()
-    monkeypatch.setattr(node, "parent_of", lambda pid, real=node.parent_of: asked.update([pid]) or real(pid))
-    tree = ProcessTree(os.getpid())
-    for _ in range(3):
-        tree.holders()
-    assert set(asked.values()) == {1}
 
 
 @needs_kernel
@@ -353,198 +343,6 @@ with patch("stl_lightning.traffic.count.KernelSockets.{method}", side_effect=OSE
     totals = rank(code, others["ipv4"])
     assert totals["bytes_sent"] == N_BYTES
     assert "missed: a look, since the system did not answer: not now" in totals["method"]
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
-def test_a_descendant_stays_in_the_tree_when_its_parent_ends() -> None:
-    shell = subprocess.Popen(
-        ["/bin/sh", "-c", "sleep 60 >/dev/null & echo $!; read line"], stdin=-1, stdout=-1, text=True
-    )
-    assert shell.stdin is not None
-    assert shell.stdout is not None
-    sleeper = int(shell.stdout.readline())
-    tree = ProcessTree(shell.pid)
-    try:
-        assert tree.pids() == [shell.pid, sleeper]
-        shell.communicate("\n")
-        assert tree.pids() == [sleeper]
-    finally:
-        os.kill(sleeper, 9)
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
-def test_a_socket_that_children_inherit_is_its_parent_s() -> None:
-    with socket.socket() as shared:
-        child = subprocess.Popen(["cat"], stdin=-1, pass_fds=[shared.fileno()])
-        held = ProcessTree(child.pid).holders(), ProcessTree(os.getpid()).holders()
-        child.communicate()
-        inode = os.fstat(shared.fileno()).st_ino
-    assert [holders[inode] for holders in held] == [child.pid, os.getpid()]
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
-def test_a_process_that_may_not_be_looked_into_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_allowed(pid: int) -> list[int]:
-        raise PermissionError(pid)
-
-    monkeypatch.setattr("stl_lightning.traffic.node.socket_inodes", not_allowed)
-    traffic = Traffic()
-    traffic.start()
-    traffic.stop()
-    assert not kernel_counts() or "missed: processes whose open files" in traffic.totals()["method"]
-
-
-def test_bytes_of_the_node(tmp_path: Path) -> None:
-    row = "  {}: {} 1 0 0 0 0 0 0 {} 2 0 0 0 0 0 0\n"
-    (tmp_path / "dev").write_text(
-        "head\nhead\n" + row.format("lo", 7, 7) + row.format("eth0", 100, 20) + row.format("ib0", 3, 4)
-    )
-    for name, words in (("port_xmit_data", "5"), ("port_rcv_data", "50"), ("port_xmit_wait", "9")):
-        path = tmp_path / "infiniband/mlx5_0/ports/1/counters" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(words + "\n")
-    assert node_bytes(tmp_path / "dev", tmp_path / "infiniband") == (24 + 4 * 5, 103 + 4 * 50)
-    assert node_bytes(tmp_path / "dev", tmp_path / "none") == (24, 103)
-    assert node_bytes(tmp_path / "none", tmp_path / "none") is None
-
-
-# -- The ledger alone
-
-
-def connection(cookie: int, sent: int, received: int = 0, port: int = 1000, remote: int = 80, state: int = 1) -> Socket:
-    return Socket(cookie, cookie, state, (bytes([10, 0, 0, 1]), port), (bytes([10, 0, 0, 2]), remote), sent, received)
-
-
-def test_an_ended_socket_leaves_its_bytes_and_is_forgotten() -> None:
-    ledger = Ledger(before=[connection(1, 30, 3)])
-    for cookie in range(1, 3001):
-        ledger.claim(cookie, "loader")
-        ledger.update([connection(cookie, 40, 4, remote=cookie)], [])
-        ledger.update([], [connection(cookie, 50, 5, remote=cookie)])
-        assert cookie not in ledger
-    assert ledger.by_program() == {"loader": [3000 * 50 - 30, 3000 * 5 - 3]}
-    assert len(ledger.remotes()) == N_REMOTES
-
-
-def test_sockets_nobody_claimed_do_not_count() -> None:
-    ledger = Ledger()
-    ledger.update([connection(1, 40)], [connection(2, 50)])
-    assert (ledger.by_program(), ledger.remotes()) == ({}, [])
-
-
-def test_a_connection_to_a_server_of_the_tree_is_internal_though_both_end_at_once() -> None:
-    server = Socket(1, 1, LISTEN, (bytes(4), 80), (bytes(4), 0), 0, 0)
-    client = Socket(2, 2, 1, (bytes([127, 0, 0, 1]), 1000), (bytes([127, 0, 0, 1]), 80), 5, 5)
-    ledger = Ledger()
-    for each in (server, client):
-        ledger.claim(each.cookie, "python")
-    ledger.update([server], [])
-    ledger.update([], [server._replace(state=7), client])
-    assert (ledger.by_program(), ledger.remotes()) == ({}, [])
-
-
-def test_a_server_is_no_remote() -> None:
-    ledger = Ledger()
-    ledger.claim(1, "python")
-    ledger.update([connection(1, 0, remote=0, state=LISTEN)], [])
-    assert ledger.remotes() == []
-
-
-# -- What the kernel writes
-
-
-def message(state: int, info: bytes, family: int = socket.AF_INET) -> bytes:
-    head = struct.pack("=BBxx2s2s16s16s4xII16xI", family, state, b"\0\x50", b"\1\0", bytes(16), bytes(16), 5, 1, 77)
-    return head + struct.pack("=HHB3x", 5, 8, 0) + struct.pack("=HH", 4 + len(info), 2) + info
-
-
-def tcp_info(data_segments: int, received: int) -> bytes:
-    numbers = struct.pack("=QQ16xI4xQQQQ8x", 1001, received, data_segments, 0, 0, 0, 0)
-    return (bytes(120) + numbers + struct.pack("=QQ", 1200, 200)).ljust(280, b"\0")
-
-
-@pytest.mark.parametrize(
-    ("state", "data_segments", "received", "expected"),
-    [(1, 3, 500, 500), (CLOSE_WAIT, 3, 501, 500), (CLOSE_WAIT, 0, 1, 0), (7, 0, 1, 0), (7, 3, 501, 501)],
-)
-def test_the_mark_that_ends_a_connection(state: int, data_segments: int, received: int, expected: int) -> None:
-    found = parse_socket(message(state, tcp_info(data_segments, received)))
-    assert (found.bytes_sent, found.bytes_received) == (1200 - 200, expected)
-    assert (found.cookie, found.inode, found.local[1], found.remote[1]) == (5 | 1 << 32, 77, 80, 256)
-
-
-def test_older_kernels() -> None:
-    assert parse_socket(message(1, tcp_info(3, 500)[:192])).bytes_sent == 1001
-    assert parse_socket(message(7, b"")[:-4]).bytes_sent == 0  # a UDP socket
-    with pytest.raises(OSError, match=r"Linux before 4\.6"):
-        parse_socket(message(1, tcp_info(3, 500)[:104]))
-
-
-# -- The guard
-
-
-WAYS: dict[str, Callable[[Path], object]] = {
-    "public name": lambda folder: torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1),
-    "imported before": lambda folder: init_process_group("gloo", store=HashStore(), rank=0, world_size=1),
-    "imported before, by the environment": lambda folder: init_process_group("gloo"),
-    "imported before, by a file": lambda folder: init_process_group("gloo", f"file://{folder}/x", rank=0, world_size=1),
-    "fake": lambda folder: init_process_group("fake", rank=0, world_size=2),
-    "device mesh": lambda folder: init_device_mesh("cpu", (1,)),
-}
-
-
-@pytest.fixture
-def lonely(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("lonely")
-@pytest.mark.parametrize("way", WAYS)
-def test_a_process_group_is_refused_and_made_again_later(way: str, tmp_path: Path) -> None:
-    with forbid_process_groups():
-        with forbid_process_groups():
-            pass
-        with pytest.raises(CommunicationError, match="branches never communicate"):
-            WAYS[way](tmp_path)
-        assert not torch.distributed.is_initialized()
-    WAYS[way](tmp_path)
-    assert torch.distributed.is_initialized()
-
-
-@pytest.mark.usefixtures("lonely")
-def test_a_further_group_is_refused() -> None:
-    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    for function in (new_group, torch.distributed.new_group):
-        with forbid_process_groups(), pytest.raises(CommunicationError, match=r"new_group(_with_tag)? was called"):
-            function([0])
-        assert function([0]) is not None
-
-
-def test_nobody_is_called_before_the_refusal() -> None:
-    with forbid_process_groups(), pytest.raises(CommunicationError):
-        init_process_group("gloo", "tcp://127.0.0.1:1", rank=1, world_size=2, timeout=timedelta(seconds=2))
-
-
-def test_an_error_inside_restores_too() -> None:
-    before = [getattr(torch.distributed, name) for name in PUBLIC]
-    with pytest.raises(KeyError), forbid_process_groups():
-        raise KeyError
-    assert [getattr(torch.distributed, name) for name in PUBLIC] == before
-
-
-def test_torch_still_has_the_names_that_are_guarded() -> None:
-    assert all(hasattr(torch.distributed.distributed_c10d, name) for name in (*PUBLIC, *INNER))
-
-
-def test_torch_without_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
-    before = torch.distributed.init_process_group
-    with forbid_process_groups():
-        assert torch.distributed.init_process_group is before
 
 
 def test_counting_imports_no_torch() -> None:

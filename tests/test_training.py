@@ -3,12 +3,8 @@
 import os
 import pickle
 import re
-import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ from torch import Tensor, nn
 from stl_lightning.checkpoint import load_checkpoint
 from stl_lightning.datamodule import SpectralDataModule
 from stl_lightning.ensemble.members import branch_outputs
-from stl_lightning.errors import ConfigError, RunError
+from stl_lightning.errors import RunError
 from stl_lightning.module import BranchModule
 from stl_lightning.networks import MLP
 from stl_lightning.paths import RunPaths
@@ -34,9 +30,6 @@ from stl_lightning.training import (
     BranchJob,
     check_branch,
     check_branches,
-    check_schedule,
-    check_trainer_settings,
-    make_trainer,
     train_branches,
 )
 
@@ -218,27 +211,6 @@ def test_a_bad_checkpoint_fails_its_branch_alone(tmp_path: Path, damage: str, mo
     assert train_branch(make_job(tmp_path / "run", branch=1)) == "finished"
 
 
-def test_trainer_settings_of_ours_are_refused(tmp_path: Path) -> None:
-    for key, value in {"strategy": "ddp", "devices": 2, "num_nodes": 4, "logger": False}.items():
-        with pytest.raises(ConfigError, match=f"trainer.{key}"):
-            make_trainer([make_job(tmp_path, trainer={key: value})])
-    with pytest.raises(ConfigError, match=r"trainer\.max_epochs"):
-        make_trainer([make_job(tmp_path, trainer={"max_epochs": None})])
-
-
-def test_an_optimiser_that_wants_a_closure_is_refused() -> None:
-    module = BranchModule(noisy_mlp, torch.optim.LBFGS).build((1, 4, 4), 10, 0, [0])
-    with pytest.raises(ConfigError, match=r"model\.optimizer: LBFGS"):
-        module.configure_optimizers()
-
-
-def test_a_plateau_schedule_is_refused(tmp_path: Path) -> None:
-    job = make_job(tmp_path)
-    job.module.scheduler_factory = torch.optim.lr_scheduler.ReduceLROnPlateau
-    assert train_branch(job) == "failed"
-    assert "ReduceLROnPlateau" in read_status(job.paths, 0).error
-
-
 def test_a_branch_refuses_data_it_was_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make_job(tmp_path, trainer={"callbacks": [die_at(13)]})
     train_branch(first)
@@ -315,47 +287,6 @@ def test_a_branch_in_training_elsewhere_on_this_machine_is_left_to_it(tmp_path: 
     check_branches([job])
 
 
-def test_a_callback_that_is_no_list_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.callbacks: expected a list"):
-        check_trainer_settings({"max_epochs": 1, "callbacks": RichProgressBar()})
-
-
-# Settings, the unit of the schedule, and how many of them the training has (None: it is not judged).
-LENGTHS = [
-    ({"max_epochs": 3}, "step", 3 * 12),
-    ({"max_epochs": 3}, "epoch", 3),
-    ({"max_epochs": 3, "accumulate_grad_batches": 5}, "step", 3 * 3),
-    ({"max_epochs": 3, "max_steps": 29}, "step", 29),
-    ({"max_epochs": -1, "max_steps": 25}, "epoch", 3),
-    ({"max_epochs": None, "max_steps": 29}, "step", 29),
-    ({"max_epochs": -1}, "step", None),
-    ({"max_epochs": 3, "limit_train_batches": 10}, "step", None),
-    ({"max_epochs": 3, "limit_train_batches": 1}, "step", None),
-    ({"max_epochs": 3, "limit_train_batches": 1.0}, "step", 3 * 12),
-]
-
-
-@pytest.mark.parametrize(("settings", "interval", "expected"), LENGTHS)
-def test_a_schedule_is_as_long_as_the_training(
-    settings: dict[str, Any], interval: str, expected: int | None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def check(total: int) -> str:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1, total_steps=total)
-        check_schedule(scheduler, interval, settings, n_images=12 * 16 - 3, batch_size=16)
-        return capsys.readouterr().err
-
-    if expected is None:
-        assert check(2) == ""
-        return
-    assert check(expected) == ""
-    assert f"ends after {expected}," in check(expected + 1)
-    with pytest.raises(
-        ConfigError, match=f"expected {expected}, so many {interval}s has the training; got {expected - 1}"
-    ):
-        check(expected - 1)
-
-
 def test_a_tracker_that_cannot_start_fails_its_branch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route to the server")
@@ -401,16 +332,6 @@ def test_best_weights_that_were_deleted_are_trained_again(tmp_path: Path, step: 
     assert_same(weights(undisturbed), weights(again))
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [{"gradient_clip_val": -1.0}, {"gradient_clip_algorithm": "banana"}, {"accumulate_grad_batches": -2}],
-    ids=lambda setting: next(iter(setting)),
-)
-def test_settings_of_a_step_are_checked(tmp_path: Path, setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=rf"trainer\.{next(iter(setting))}"):
-        make_trainer([make_job(tmp_path, trainer=setting)])
-
-
 def test_a_callback_of_the_users_sees_the_training_loss(tmp_path: Path) -> None:
     stops = EarlyStopping("train/loss", patience=1, min_delta=1e9)
     job = make_job(tmp_path, trainer={"max_epochs": 9, "callbacks": [stops]})
@@ -426,60 +347,3 @@ class Calls(Callback):
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self.function()
-
-
-def test_what_a_rank_sends_is_recorded(tmp_path: Path) -> None:
-    """Nothing; and as a control, what a callback sends to another process, over two attempts."""
-    quiet = make_job(tmp_path / "quiet")
-    assert train_branch(quiet) == "finished"
-    counted = read_status(quiet.paths, 0).traffic
-    if counted["bytes_sent"] is None:
-        pytest.skip(f"bytes cannot be counted here: {counted['method']}")
-    assert (counted["bytes_sent"], counted["bytes_received"], counted["connections"]) == (0, 0, 0)
-
-    with stranger() as address:
-
-        def send() -> None:
-            with socket.create_connection(address) as connection:
-                connection.sendall(bytes(1000))
-                connection.shutdown(socket.SHUT_WR)
-                connection.recv(1)  # until the other has closed too: the kernel counts a socket when it is gone
-
-        killed = make_job(tmp_path / "loud", trainer={"callbacks": [Calls(send), die_at(15)]})
-        assert train_branch(killed) == "failed"
-        assert read_status(killed.paths, 0).traffic["bytes_sent"] == 2000  # two epochs began
-        again = make_job(tmp_path / "loud", trainer={"callbacks": [Calls(send)]})
-        assert train_branch(again) == "finished"
-        assert read_status(again.paths, 0).traffic["bytes_sent"] == 3000  # the second was resumed, not begun
-
-
-@contextmanager
-def stranger() -> Iterator[tuple[str, int]]:
-    """The address of a process that is no descendant of this one (its parent ends at once) and reads what is sent."""
-    serve = """
-import os, socket
-server = socket.create_server(("127.0.0.1", 0))
-if child := os.fork():
-    print(server.getsockname()[1], child)
-    raise SystemExit
-while True:
-    connection = server.accept()[0]
-    while connection.recv(4096):
-        pass
-    connection.close()
-"""
-    started = subprocess.Popen([sys.executable, "-c", serve], stdout=subprocess.PIPE)
-    assert started.stdout is not None
-    port, pid = map(int, started.stdout.readline().split())
-    started.wait()
-    try:
-        yield "127.0.0.1", port
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        started.stdout.close()
-
-
-def test_a_process_group_is_refused_at_the_call(tmp_path: Path) -> None:
-    job = make_job(tmp_path, trainer={"callbacks": [Calls(lambda: torch.distributed.init_process_group("gloo"))]})
-    assert train_branch(job) == "failed"
-    assert "init_process_group was called while a branch trains" in read_status(job.paths, 0).error

@@ -97,18 +97,19 @@ def goal(record: Row) -> str:
 
 
 def above(record: Row) -> str:
-    baseline = record["variants"].get("baseline", {"seeds": []})
-    ours, theirs = (
-        dict(zip(zip(row["seeds"], row["precision"]["values"], strict=True), row[column]["values"], strict=True))
-        if row["seeds"]
-        else {}
-        for row, column in ((record, "ensemble"), (baseline, "baseline"))
-    )
+    if "baseline" not in record["variants"]:
+        return ""
+    ours, theirs = by_training(record, "ensemble"), by_training(record["variants"]["baseline"], "baseline")
     common = ours.keys() & theirs.keys()
     if not common:
         return ""
-    lead = fmean(ours[seed] - theirs[seed] for seed in common)
+    lead = fmean(ours[training] - theirs[training] for training in common)
     return f"; above the baseline of equal multiply-adds: {'met' if lead > 0 else 'missed'} ({lead:+.2f})"
+
+
+def by_training(row: Row, column: str) -> dict[tuple[int, str], float]:
+    """The values of a column by seed and precision."""
+    return dict(zip(zip(row["seeds"], row["precision"]["values"], strict=True), row[column]["values"], strict=True))
 
 
 def seconds(found: Row) -> str:

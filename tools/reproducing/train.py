@@ -60,7 +60,7 @@ class Training:
         """
         if self.named_precision:
             return self.named_precision
-        for config in self.folder.glob("branches/*/config.yaml"):
+        if config := next(self.folder.glob("branches/*/config.yaml"), None):
             begun: str | None = yaml.safe_load(config.read_text())["trainer"]["precision"]
             return begun
         if self._asked("trainer.precision") != MIXED:
