@@ -162,7 +162,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], desk: Path |
     except OSError as error:
         if desk is not None and not desk.exists():
             raise FencedError(f"a newer attempt has taken {path.parent}: this one has changed nothing since") from error
-        raise RunError(f"cannot write {path}: {error}. Choose another `run.root`, or free the disk") from error
+        cure = "Free the disk, or choose" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose"
+        reason = error.strerror or error  # without the temporary name
+        raise RunError(f"cannot write {path}: {reason}. {cure} another `run.root`") from error
     finally:
         with contextlib.suppress(OSError):  # such as a folder that could not be made
             temporary.unlink(missing_ok=True)

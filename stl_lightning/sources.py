@@ -251,7 +251,7 @@ def _open_npz(ask: Request) -> Source:
         raise DataError(f"{ask.root}: expected as many test_labels as test_images, {received}")
     n_classes = int(labels.max()) + 1
     _check_labels(torch.from_numpy(test_labels.astype(np.int64)), n_classes, f"{ask.name}, split test")
-    shape = _to_planes(images[:1]).shape[1:]
+    shape = _to_planes(images[:1], f"{ask.root}: test_images").shape[1:]
     mark = _fingerprint(ask.name, str(ask.root.stat().st_size), _checksums(ask.root))
     read = partial(_read_npz, ask.root)
     return Source(ask.name, (shape[0], shape[1], shape[2]), [str(k) for k in range(n_classes)], mark, read)
@@ -265,20 +265,26 @@ def _checksums(path: Path) -> bytes:
 
 def _read_npz(path: Path, split: str) -> ImageArray:
     with reading(path, NPZ_LAYOUT), np.load(path, allow_pickle=False) as arrays:
-        pixels = _to_planes(arrays[f"{split}_images"])
+        pixels = _to_planes(arrays[f"{split}_images"], f"{path}: {split}_images")
         labels = torch.from_numpy(arrays[f"{split}_labels"].reshape(-1).astype(np.int64))
     if not pixels.isfinite().all():
         n_bad = int((~pixels.isfinite()).flatten(1).any(1).sum())
         raise DataError(f"{path}: expected finite images, received {n_bad} of {split}_images with NaN or infinity")
+    if pixels.is_floating_point() and pixels.numel():
+        low, high = (value.item() for value in pixels.aminmax())
+        if low < 0 or high > 1:
+            received = f"received {low:.4g} to {high:.4g} in {split}_images"
+            raise DataError(f"{path}: expected floats in [0, 1], {received}; scale them, or store them as uint8")
     return ImageArray(pixels, labels)
 
 
-def _to_planes(images: np.ndarray) -> Tensor:
+def _to_planes(images: np.ndarray, where: str) -> Tensor:
     """(n, h, w) or (n, h, w, c) -> (n, c, h, w), 8 bits or float32."""
     if images.ndim not in (3, 4) or not (images.dtype == np.uint8 or images.dtype.kind == "f"):
-        raise DataError(f"{NPZ_LAYOUT} of uint8, or of floats in [0, 1]; received {images.dtype} {images.shape}")
+        received = f"received {images.dtype} {images.shape}"
+        raise DataError(f"{where}: {NPZ_LAYOUT}, images of uint8 or of floats in [0, 1]; {received}")
     if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > 4:
-        raise DataError(f"expected images (n, h, w, c), channels last; received {images.shape}")
+        raise DataError(f"{where}: expected (n, h, w, c), channels last; received {images.shape}")
     planes = torch.from_numpy(images if images.dtype == np.uint8 else images.astype(np.float32))
     return planes[:, None] if planes.ndim == 3 else planes.permute(0, 3, 1, 2).contiguous()
 

@@ -15,6 +15,7 @@ import yaml
 
 from stl_lightning.__main__ import COMMANDS, main
 from stl_lightning.cli.ensemble import load_ensemble
+from stl_lightning.errors import ConfigError
 from stl_lightning.exits import DONE, INTERRUPTED
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,10 @@ BAD = {
     "unknown weighting": (["--ensemble.weighting=best"], ["ensemble.weighting", "'best'", "greedy", "uniform"]),
     "unfit space": (["--ensemble.weighting=stacking", "--ensemble.space=prob"], ["ensemble.space", "stacking"]),
     "block": (["--data.block=3"], ["data.block", "data.pad", "9x9"]),
+    "block of all": (
+        ["--data.block=16"],
+        ["data.block: 16x16", "Heights that fit: 1, 2, 4, 8; widths that fit: 1, 2, 4, 8\n"],
+    ),
     "hadamard": ([*THREE_PIXELS, "--data.transform=hadamard"], ["powers of two", "(1, 3)", "dct, dct2, dft"]),
     "haar": ([*THREE_PIXELS, "--data.transform=haar"], ["powers of two", "(1, 3)", "dct, dct2, dft"]),
     "folds": (["--ensemble.n_folds=1"], ["ensemble.n_folds", "2 or more"]),
@@ -67,6 +72,10 @@ BAD = {
     "monitor": (["--run.monitor=val/f1"], ["run.monitor", "val/acc"]),
     "network option": (["--model.network.init_args.depth=0"], ["model.network.init_args.depth", "1 or more"]),
     "smoothing": (["--model.label_smoothing=2"], ["model.label_smoothing"]),
+    "no list": (["--run.branches=2"], ["run.branches", "write [2]"]),
+    "typo in a class": (["--model.network=stl_lightning.networks.ConvNett"], ["did you mean ConvNet in place of"]),
+    "no such class": (["--model.network=stl_lightning.networks.Transformer"], ["ConvNet, ", "FastConvNet, MLP, ResNet"]),
+    "no such module": (["--model.network=nowhere.Net"], ["no nowhere in the folder that this is called from"]),
     "typo in a key": (["--data.sorce=digits"], ["unrecognized", "did you mean data.source in place of data.sorce?"]),
     "two typos": (["--tranier.max_epoch=3", "--data.blok", "2"], ["mean trainer.max_epochs in", "mean data.block in"]),
     "no such key": (["--something.else=3"], ["unrecognized arguments: --something.else=3\n"]),
@@ -243,8 +252,19 @@ def test_a_network_of_ones_own(name: str, tmp_path: Path, capfd: Capture, monkey
     assert said in err
     assert "Traceback" not in err
     if code == 0:
+        sys.modules.pop("own_network")
         model = load_ensemble(tmp_path / "digits")
         assert not model(torch.zeros(3, 1, 8, 8)).requires_grad
+        sys.modules.pop("own_network")
+        monkeypatch.chdir("/")
+        with pytest.raises(ConfigError, match="no own_network in the folder that this is called from"):
+            load_ensemble(tmp_path / "digits")
+
+
+def test_from_python_an_unknown_setting_is_an_error_and_no_exit(tmp_path: Path) -> None:
+    assert stl("run", tmp_path) == 0
+    with pytest.raises(ConfigError, match=r"did you mean data\.root in place of data\.rot"):
+        load_ensemble(tmp_path / "digits", ["--data.rot=elsewhere"])
 
 
 def test_scoring_a_run_that_does_not_exist_makes_none(tmp_path: Path, capfd: Capture) -> None:

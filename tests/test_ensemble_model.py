@@ -156,6 +156,12 @@ def test_members_together_equal_members_one_by_one(name: str, n: int) -> None:
     assert_same(model(pixels), made_of.fitted.log_probs(expected))
 
 
+@pytest.mark.parametrize("precision", [torch.float64, torch.float16])
+def test_images_of_any_precision_are_taken(precision: torch.dtype) -> None:
+    made_of, pixels = parts(CASES["interleaved"]), (images(3, 3) / 255).to(precision)
+    assert_same(made_of.model()(pixels), made_of.model()(pixels.float()))
+
+
 def test_flips_average_the_logits_of_an_image_and_its_mirror_image() -> None:
     made_of, pixels = parts(CASES["interleaved"]), images(40, 3)
     plain, mirrored = (made_of.one_by_one(x / 255) for x in (pixels, pixels.flip(-1)))

@@ -194,14 +194,19 @@ def test_lost_members_and_few_members(space: str, jobs: list[BranchJob]) -> None
     assert accuracy_of(few) == pytest.approx([mean_of(ranked[:n]) for n in range(1, 5)])
 
 
-def test_members_lost_by_weight_and_all_members(jobs: list[BranchJob]) -> None:
+def test_members_lost_by_weight_and_all_members(jobs: list[BranchJob], capfd: pytest.CaptureFixture[str]) -> None:
     results = evaluate(jobs[0].run, jobs, EnsembleOptions("simplex", "log_prob"))
     weights = {row["branch"]: row["weight"] for row in results["branches"]}
     heaviest = sorted(weights, key=lambda branch: -weights[branch])
     assert [row["branches"] for row in results["lost"]["worst"]] == [heaviest[:k] for k in (1, 2, 3)]
     last = results["by_members"][-1]
     assert last["test"]["accuracy"] == results["ensemble"]["accuracy"]
-    assert evaluate(jobs[0].run, jobs, EnsembleOptions("per_class"))["by_members"][-1]["weighting"] == "simplex"
+    print_results(results)
+    assert "has no one weight a member" not in capfd.readouterr().out
+    by_class = evaluate(jobs[0].run, jobs, EnsembleOptions("per_class"))
+    assert by_class["by_members"][-1]["weighting"] == "simplex"
+    print_results(by_class)
+    assert "members: the n best weighted by simplex, since per_class has no" in capfd.readouterr().out
 
 
 def test_one_member_has_nothing_to_lose(jobs: list[BranchJob], capfd: pytest.CaptureFixture[str]) -> None:
@@ -272,6 +277,12 @@ def test_test_labels_change_nothing_but_the_scores(jobs: list[BranchJob], monkey
         assert without_test(table(honest)) == without_test(table(misled))
         assert table(honest) != table(misled)
     assert honest["ensemble"]["accuracy"] > misled["ensemble"]["accuracy"] + 0.3
+
+
+def test_branches_that_have_not_finished_are_named(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    with pytest.raises(RunError, match=r"\(branch 0: .*`stl status .*` says what they are doing"):
+        evaluate(job.run, [job], EnsembleOptions())
 
 
 def test_no_branch_at_all(tmp_path: Path) -> None:

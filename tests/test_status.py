@@ -251,6 +251,14 @@ def test_the_ensemble_is_part_of_what_was_launched(fake: FakeCommand, tmp_path: 
     assert (read_run_state(paths).ensemble, read_run_state(paths).exit_code) == ("queued", UNFINISHED)
 
 
+def test_what_to_do_next_of_a_run_that_nothing_works_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = a_run(tmp_path / "run", [elsewhere("finished"), elsewhere("interrupted")])
+    write_json(paths.results, {})
+    assert main(["status", str(paths.folder)]) == UNFINISHED
+    said = "1 interrupted, 1 finished; ensemble: made of the finished branches; `stl run` with its config continues it"
+    assert said in capsys.readouterr().out
+
+
 def test_watching_ends_when_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = a_run(tmp_path / "run", [elsewhere("running")])
     make_old(paths, 0, LOST_AFTER_S - 1.0)

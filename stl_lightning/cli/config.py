@@ -3,6 +3,7 @@
 import copy
 import logging
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stl_lightning.augment import Augment
-from stl_lightning.cli.parser import SettingsParser
+from stl_lightning.cli.parser import SettingsParser, own_classes_found
 from stl_lightning.datamodule import SpectralDataModule
 from stl_lightning.ensemble.fit import check_n_folds, find_candidates
 from stl_lightning.ensemble.options import EnsembleOptions
@@ -36,9 +37,12 @@ Seed = restricted_number_type("Seed", int, [(">=", 0), ("<=", 2**32 - 1)])  # wh
 
 
 class SpectralCLI(LightningCLI):
-    """Parses a config and builds the job of any of its branches. Nothing is instantiated before it is asked for."""
+    """Parses a config and builds the job of any of its branches. Nothing is instantiated before it is asked for.
 
-    def __init__(self, args: list[str], command: str, description: str = "") -> None:
+    What cannot be parsed ends the process, as in any command; with `exits` false, it is an ArgumentError.
+    """
+
+    def __init__(self, args: list[str], command: str, description: str = "", exits: bool = True) -> None:
         self._data: SpectralDataModule | None = None
         quiet()
         super().__init__(
@@ -52,6 +56,7 @@ class SpectralCLI(LightningCLI):
                 "usage": f"stl {command} [--config FILE.yaml] [--key.subkey VALUE ...]",
                 "description": description,
                 "allow_abbrev": False,  # a misspelt setting must not be taken for another
+                "exit_on_error": exits,
             },
             args=args,
             run=False,
@@ -77,7 +82,8 @@ class SpectralCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        with own_classes_found():
+            self.config = parser.parse_args(args)
         if self.config.model.network_of is not None:
             # YAML reads a single branch as a number; kept configs are compared key by key.
             self.config.model.network_of = {str(key): value for key, value in self.config.model.network_of.items()}
@@ -200,15 +206,22 @@ def _with_list(trainer: dict[str, Any]) -> dict[str, Any]:
 def kept_cli(paths: RunPaths, branch: int, overrides: Sequence[str] = ()) -> SpectralCLI:
     """The config that a branch of a run was trained with, and what is different now about where it runs.
 
-    Raises: ConfigError if an override would change what the branch computes.
+    Raises: ConfigError if the config or an override cannot be used, or would change what the branch computes.
     """
-    kept = ["--config", str(paths.branch(branch).config)]
-    cli = SpectralCLI([*kept, *overrides], "ensemble")
-    as_trained, now = (each.parser.dump(each.config, skip_unset=False) for each in (SpectralCLI(kept, "ensemble"), cli))
-    changed = different_settings(as_trained, now)
+    file = str(paths.branch(branch).config)
+    as_trained, cli = _parsed(["--config", file], file), _parsed(["--config", file, *overrides], " ".join(overrides))
+    changed = different_settings(*(each.parser.dump(each.config, skip_unset=False) for each in (as_trained, cli)))
     if changed:
         raise ConfigError(f"{', '.join(changed)}: a finished run keeps these settings; expected them to be left out")
     return cli
+
+
+def _parsed(args: list[str], what: str) -> SpectralCLI:
+    """For a caller from Python, whom an error must not end. Raises: ConfigError that names `what`."""
+    try:
+        return SpectralCLI(args, "ensemble", exits=False)
+    except ArgumentError as error:
+        raise ConfigError(f"{what}: {error}") from error
 
 
 def clis_of_run(run: Run, overrides: Sequence[str] = ()) -> dict[int, SpectralCLI]:

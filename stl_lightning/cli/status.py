@@ -122,7 +122,10 @@ def _cells(report: BranchReport) -> tuple[str, ...]:
 
 def _summary(state: RunState) -> str:
     counts = ", ".join(f"{count} {name}" for name, count in state.counts.items())
-    return f"{state.paths.folder}: {len(state.branches)} branches: {counts}; ensemble: {state.ensemble}{_cure(state)}"
+    n_branches, n_finished = len(state.branches), len(state.those("finished"))
+    of_some = " of the finished branches" if state.ensemble == "made" and n_finished < n_branches else ""
+    ensemble = f"ensemble: {state.ensemble}{of_some}"
+    return f"{state.paths.folder}: {n_branches} branches: {counts}; {ensemble}{_cure(state)}"
 
 
 def _cure(state: RunState) -> str:
@@ -133,8 +136,8 @@ def _cure(state: RunState) -> str:
     if not state.exit_code:
         return f"; `stl ensemble {folder}` makes it" if state.ensemble in ("missing", "outdated") else ""
     if not state.launches:
-        return "; the command that started it goes on"
-    return f"; `stl resubmit {folder}` goes on"
+        return "; `stl run` with its config continues it"
+    return f"; `stl resubmit {folder}` continues it"
 
 
 def as_time(seconds: float) -> str:

@@ -31,8 +31,9 @@ def evaluate(
     """
     usable, left_out = _finished(jobs, options.flips)
     if not usable:
-        reasons = "; ".join(left_out.values()) or "none has begun"
-        raise RunError(f"{run.paths.folder}: no branch can be combined ({reasons}). Train them with `stl fit`")
+        reasons = "; ".join(f"branch {branch}: {reason}" for branch, reason in left_out.items()) or "none has begun"
+        cure = f"`stl status {run.paths.folder}` says what they are doing; `stl fit` with their config trains them"
+        raise RunError(f"{run.paths.folder}: no branch can be combined ({reasons}). {cure}")
     members = [job for job, _, _ in usable]
     present = [job.branch for job in members]
     val, test = _stack([outputs for _, outputs, _ in usable]), _stack([outputs for _, _, outputs in usable])

@@ -28,7 +28,8 @@ class SpectralEnsemble(nn.Module):
     mirror image. Only the slices are computed that a branch reads, in
     one pass. Branches of one architecture, if it is a chain that `stacked` can batch, are copied into one network;
     the others are called one after the other.
-    Shapes: images (n, c, H, W), uint8 or float in [0, 1] -> log-probabilities (n, k).
+    Shapes: images (n, c, H, W), uint8 or floating point of any precision, which is then in [0, 1] (not checked: it
+    would cost a pass over the images) -> log-probabilities (n, k).
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class SpectralEnsemble(nn.Module):
         return (logits + self._logits(images.flip(-1))) / 2 if self.fitted.flips else logits
 
     def _logits(self, images: Tensor) -> Tensor:
+        images = images.to(self.spectral.matrix.dtype) if images.is_floating_point() else images
         parts = self.spectral.slices(images, self.slices).split(self.widths, 1)
         logits = [group(part) for group, part in zip(self.groups, parts, strict=True)]
         together = torch.cat(logits) if len(logits) > 1 else logits[0]

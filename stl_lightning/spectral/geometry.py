@@ -44,10 +44,15 @@ def padding(image_shape: ImageShape, block: Block, pad: str | None) -> tuple[int
     _, height, width = image_shape
     rows, columns = -height % block[0], -width % block[1]
     if pad is None and (rows or columns):
+        or_pad = (
+            f". Or set data.pad to one of {', '.join(PADS)}, which enlarges the image to "
+            f"{height + rows}x{width + columns}"
+        )
         raise ConfigError(
-            f"data.block: {block[0]}x{block[1]} does not divide the {height}x{width} image. "
-            f"Heights that fit: {_divisors(height)}; widths that fit: {_divisors(width)}. Or set data.pad to "
-            f"one of {', '.join(PADS)}, which enlarges the image to {height + rows}x{width + columns}"
+            f"data.block: {block[0]}x{block[1]} does not divide the {height}x{width} image. Heights that fit: "
+            f"{_divisors(height)}; widths that fit: {_divisors(width)}"
+            # A larger block would leave slices of one pixel.
+            + (or_pad if block[0] <= height and block[1] <= width else "")
         )
     if pad == "reflect" and (rows >= height or columns >= width):
         raise ConfigError(
