@@ -74,7 +74,10 @@ BAD = {
     "smoothing": (["--model.label_smoothing=2"], ["model.label_smoothing"]),
     "no list": (["--run.branches=2"], ["run.branches", "write [2]"]),
     "typo in a class": (["--model.network=stl_lightning.networks.ConvNett"], ["did you mean ConvNet in place of"]),
-    "no such class": (["--model.network=stl_lightning.networks.Transformer"], ["ConvNet, ", "FastConvNet, MLP, ResNet"]),
+    "no such class": (
+        ["--model.network=stl_lightning.networks.Transformer"],
+        ["ConvNet, ", "FastConvNet, MLP, ResNet"],
+    ),
     "no such module": (["--model.network=nowhere.Net"], ["no nowhere in the folder that this is called from"]),
     "typo in a key": (["--data.sorce=digits"], ["unrecognized", "did you mean data.source in place of data.sorce?"]),
     "two typos": (["--tranier.max_epoch=3", "--data.blok", "2"], ["mean trainer.max_epochs in", "mean data.block in"]),

@@ -127,6 +127,21 @@ def test_a_row_in_another_precision_says_so(recipe: list[str], other: list[str],
     assert f"| {told} | {len(other)} |" in said
 
 
+def test_controls_are_told_with_one_number_a_branch_and_the_recipe_among_them() -> None:
+    """Of the column `simplex`, by how many seeds had it; of a variant that is the recipe in fewer epochs, its name."""
+    row = pick(without(RECORDS["digits"], (*DERIVED, *SHARED, "seeds")), 0)
+    row |= {key: RECORDS["digits"][key] for key in SHARED} | {"precision": "32-true"}
+    without_weightings = without(row, ("weightings",))
+    row["weightings"]["simplex"]["accuracy"] = 43.21
+    variants = {"identity": {"title": "A"} | combine({0: row, 1: without_weightings, 2: row})}
+    variants["reads-1"] = {"title": "1 slice a branch"} | combine({0: row})
+    variants["reads-2"] = {"title": "2 slices a branch"} | combine({0: row | {"slices_per_branch": 2}})
+    said = readme.variants({"digits": RECORDS["digits"] | {"variants": variants}})
+    assert "| 43.21 ± 0.00 (n = 2) |" in said
+    assert "| the recipe: 1 slice a branch | 1 |" in said
+    assert "| 2 slices a branch | 1 |" in said
+
+
 def test_seeds_of_two_precisions_are_not_compared() -> None:
     found = {"baseline": spread([1.0, 1.0]), "precision": spread(["32-true", "32-true"]), "elapsed_s": spread([9.0])}
     record = RECORDS["digits"] | in_precision("bf16-mixed", "32-true") | {"goal": 97.0}

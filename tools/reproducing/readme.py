@@ -30,10 +30,7 @@ def results(records: Mapping[str, Row]) -> str:
         of = [f"{sizes[part]['n_parameters']:,}" for part in PARTS if part in sizes]
         work = f"{sizes['baseline']['multiply_adds'] / sizes['all_branches']['multiply_adds']:.2f}"
         n = record["ensemble"]["n"]
-        others = {column: record[column]["n"] for column in COLUMNS if record[column]["n"] not in (0, n)}
-        cells = [
-            percent(record[column]) + (f" (n = {others[column]})" if column in others else "") for column in COLUMNS
-        ]
+        cells = [percent_of(n, record[column]) for column in COLUMNS]
         reads = f"{record['slices_per_branch']} of {n_branches(record)}"
         rows.append([f"{record['title']}: measured", str(n), reads, *cells, work, " / ".join(of)])
     head = ["", "n", "slices a branch reads", "Mean", "Highest", "Ens.", "Baseline"]
@@ -123,13 +120,16 @@ def seconds(found: Row) -> str:
 
 def variants(records: Mapping[str, Row]) -> str:
     """Each experiment beside its controls: the same code, with some settings changed."""
-    head = ["", "n", "Mean", "Highest", "Ens.", "ECE", "multiply-adds of all", "training bytes a branch and epoch"]
+    head = ["", "n", "Mean", "Highest", "Ens.", "Ens., simplex", "ECE"]
+    head += ["multiply-adds of all", "training bytes a branch and epoch"]
     lines: list[str] = []
     for record in records.values():
         rows = [variant_row("the recipe", record)] if record["seeds"] else []
-        for row in record["variants"].values():
+        for key, row in record["variants"].items():
             precision = f", {precisions(row)}" if record["seeds"] and differ(row, record) else ""
-            rows.append(variant_row(row["title"] + precision, row))
+            is_shorter = key.startswith("reads-") and row["slices_per_branch"] == record.get("slices_per_branch")
+            title = ("the recipe: " if is_shorter else "") + row["title"]
+            rows.append(variant_row(title + precision, row))
             if "stacked" in row:
                 corrected = row | {"baseline": row["stacked"]}
                 rows.append(variant_row(f"the same, with stacking on its outputs{precision}", corrected))
@@ -153,10 +153,12 @@ def variant_row(title: str, row: Row) -> list[str]:
     sizes = row["costs"]
     if "ensemble" not in row:
         cost = cost_cells(sizes["baseline"], sizes["baseline"])
-        return [title, str(row["baseline"]["n"]), "", "", percent(row["baseline"]), "", *cost]
-    accuracies = [percent(row[column]) for column in ("mean", "highest", "ensemble")]
+        return [title, str(row["baseline"]["n"]), "", "", percent(row["baseline"]), "", "", *cost]
+    n = row["ensemble"]["n"]
+    accuracies = [percent_of(n, row[column]) for column in ("mean", "highest", "ensemble")]
+    simplex = percent_of(n, row["weightings"]["simplex"]["accuracy"])  # one number a branch
     cost = cost_cells(sizes["all_branches"], sizes["branch"])
-    return [title, str(row["ensemble"]["n"]), *accuracies, f"{row['ece']['mean']:.4f}", *cost]
+    return [title, str(n), *accuracies, simplex, f"{row['ece']['mean']:.4f}", *cost]
 
 
 def cost_cells(computes: Row, reads: Row) -> list[str]:
@@ -191,6 +193,11 @@ def lost(records: Mapping[str, Row]) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def percent_of(n: int, found: Row) -> str:
+    """As `percent`, with the number of seeds where it is not that of the row."""
+    return percent(found) + ("" if found["n"] in (0, n) else f" (n = {found['n']})")
 
 
 def percent(found: Row) -> str:
