@@ -41,7 +41,7 @@ def results(records: Mapping[str, Row]) -> str:
         "sum. Baseline: of the conventional network on the whole image."
     )
     machines = dict.fromkeys(text for record in records.values() for text in record["machine"]["values"])
-    last = f"Trained on {'; '.join(machines)}; machines shared with other work, so times are upper bounds."
+    last = f"Trained on {'; '.join(machines)}; machines shared with other work, so times are rough."
     made = [how_made(name, record) for name, record in records.items()]
     return "\n".join([first, "", *table(head, rows), "", *table(MADE, made), "", last, ""])
 
