@@ -57,7 +57,6 @@ def main(args: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"stl: unknown command {name!r}\n\n{usage()}", file=sys.stderr)
         return REFUSED
-    sys.path.insert(0, "")  # classes of the user's own lie in the folder the command is called from
     try:
         with leaving.listening() if name in TRAINING else nullcontext():
             module = import_module(f"stl_lightning.cli.{COMMANDS[name][0]}")

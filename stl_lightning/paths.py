@@ -140,10 +140,13 @@ class StorePaths:
         return self.folder.with_name(f".{self.folder.name}.lock")
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], desk: Path | None = None) -> None:
+def write_atomically(
+    path: Path, write: Callable[[IO[bytes]], Any], desk: Path | None = None, called: Path | None = None
+) -> None:
     """Call `write` on a temporary file beside `path`, flush it to the disk and rename it to `path`.
 
-    With `desk`, the temporary file lies there, and the file is written only as long as that folder is in its place.
+    `called` is what an error calls the file, if not `path`. With `desk`, the temporary file lies there, and the file is
+    written only as long as that folder is in its place.
     Raises: RunError if the folder cannot be written to or the disk is full; `path` is then as it was before.
     FencedError if the desk is gone.
     """
@@ -163,8 +166,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], desk: Path |
         if desk is not None and not desk.exists():
             raise FencedError(f"a newer attempt has taken {path.parent}: this one has changed nothing since") from error
         cure = "Free the disk, or choose" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose"
-        reason = error.strerror or error  # without the temporary name
-        raise RunError(f"cannot write {path}: {reason}. {cure} another `run.root`") from error
+        of_another = error.filename not in (None, str(temporary))
+        reason = error if of_another else error.strerror or error
+        raise RunError(f"cannot write {called or path}: {reason}. {cure} another `run.root`") from error
     finally:
         with contextlib.suppress(OSError):  # such as a folder that could not be made
             temporary.unlink(missing_ok=True)
@@ -191,7 +195,7 @@ def create_once(path: Path, text: str) -> None:
     if path.exists():
         return
     mine = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    write_atomically(mine, lambda file: file.write(text.encode()))
+    write_atomically(mine, lambda file: file.write(text.encode()), called=path)
     try:
         os.link(mine, path)  # fails if another rank was first, where a rename would overwrite
     except FileExistsError:

@@ -228,6 +228,7 @@ def _list_images(folder: Path, class_to_label: dict[str, int]) -> tuple[list[str
     return [path for path, _ in found], [label for _, label in found]
 
 
+OVERSHOOT = 0.01  # of floats that are to be in [0, 1]
 NPZ_ARRAYS = tuple(f"{split}_{kind}" for split in SPLITS for kind in ("images", "labels"))
 NPZ_LAYOUT = (
     "expected data.root to be one file with train_images (n, h, w) or (n, h, w, c), train_labels (n,), "
@@ -251,7 +252,9 @@ def _open_npz(ask: Request) -> Source:
         raise DataError(f"{ask.root}: expected as many test_labels as test_images, {received}")
     n_classes = int(labels.max()) + 1
     _check_labels(torch.from_numpy(test_labels.astype(np.int64)), n_classes, f"{ask.name}, split test")
-    shape = _to_planes(images[:1], f"{ask.root}: test_images").shape[1:]
+    planes = _to_planes(images, where := f"{ask.root}: test_images")
+    _check_range(planes, where)
+    shape = planes.shape[1:]
     mark = _fingerprint(ask.name, str(ask.root.stat().st_size), _checksums(ask.root))
     read = partial(_read_npz, ask.root)
     return Source(ask.name, (shape[0], shape[1], shape[2]), [str(k) for k in range(n_classes)], mark, read)
@@ -270,12 +273,18 @@ def _read_npz(path: Path, split: str) -> ImageArray:
     if not pixels.isfinite().all():
         n_bad = int((~pixels.isfinite()).flatten(1).any(1).sum())
         raise DataError(f"{path}: expected finite images, received {n_bad} of {split}_images with NaN or infinity")
-    if pixels.is_floating_point() and pixels.numel():
-        low, high = (value.item() for value in pixels.aminmax())
-        if low < 0 or high > 1:
-            received = f"received {low:.4g} to {high:.4g} in {split}_images"
-            raise DataError(f"{path}: expected floats in [0, 1], {received}; scale them, or store them as uint8")
+    _check_range(pixels, f"{path}: {split}_images")
     return ImageArray(pixels, labels)
+
+
+def _check_range(pixels: Tensor, where: str) -> None:
+    """What resizing has left a little outside is taken as it is."""
+    if not pixels.is_floating_point() or not pixels.numel():
+        return
+    low, high = (value.item() for value in pixels.aminmax())
+    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+        received = f"received {low:.4g} to {high:.4g}"
+        raise DataError(f"{where}: expected floats in [0, 1], {received}; scale them, or store them as uint8")
 
 
 def _to_planes(images: np.ndarray, where: str) -> Tensor:

@@ -1,5 +1,6 @@
 """The commands as a user calls them: what they print, and how they refuse bad input before any training."""
 
+import errno
 import json
 import os
 import signal
@@ -73,12 +74,13 @@ BAD = {
     "network option": (["--model.network.init_args.depth=0"], ["model.network.init_args.depth", "1 or more"]),
     "smoothing": (["--model.label_smoothing=2"], ["model.label_smoothing"]),
     "no list": (["--run.branches=2"], ["run.branches", "write [2]"]),
+    "no list of two": (["--run.branches=2,3"], ["run.branches", "write [2, 3]"]),
     "typo in a class": (["--model.network=stl_lightning.networks.ConvNett"], ["did you mean ConvNet in place of"]),
-    "no such class": (
-        ["--model.network=stl_lightning.networks.Transformer"],
-        ["ConvNet, ", "FastConvNet, MLP, ResNet"],
+    "typo in a package": (
+        ["--model.network=stl_lightning.network.MLP"],
+        ["did you mean networks in place of network?"],
     ),
-    "no such module": (["--model.network=nowhere.Net"], ["no nowhere in the folder that this is called from"]),
+    "no such module": (["--model.network=nowhere.Net"], ["no module nowhere in the folder that this is called from"]),
     "typo in a key": (["--data.sorce=digits"], ["unrecognized", "did you mean data.source in place of data.sorce?"]),
     "two typos": (["--tranier.max_epoch=3", "--data.blok", "2"], ["mean trainer.max_epochs in", "mean data.block in"]),
     "no such key": (["--something.else=3"], ["unrecognized arguments: --something.else=3\n"]),
@@ -176,7 +178,19 @@ def test_more_ranks_than_branches(tmp_path: Path, capfd: Capture, monkeypatch: p
 def test_an_unwritable_run_directory(tmp_path: Path, capfd: Capture) -> None:
     (tmp_path / "file").write_text("in the way")
     assert stl("fit", tmp_path / "file") == 2
-    assert "run.root" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert f"cannot write {tmp_path}/file/digits/run.json: " in err
+    assert err.endswith("Choose another `run.root`\n")
+
+
+def test_a_full_disk_is_told(tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert stl("fit", tmp_path) == 2
+    said = f"cannot write {tmp_path}/digits/run.json: No space left on device. Free the disk, or choose another"
+    assert said in capfd.readouterr().err
 
 
 def test_a_run_of_other_settings_names_the_keys(tmp_path: Path, capfd: Capture) -> None:
@@ -248,7 +262,7 @@ def test_a_network_of_ones_own(name: str, tmp_path: Path, capfd: Capture, monkey
     """From the folder the command is called in, with a sentence on the contract where it is not kept."""
     (tmp_path / "own_network.py").write_text(OWN_NETWORK)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # for this test
     code, said = NETWORKS[name]
     assert stl("run", tmp_path, f"--model.network=own_network.{name}") == code
     err = capfd.readouterr().err
@@ -260,14 +274,17 @@ def test_a_network_of_ones_own(name: str, tmp_path: Path, capfd: Capture, monkey
         assert not model(torch.zeros(3, 1, 8, 8)).requires_grad
         sys.modules.pop("own_network")
         monkeypatch.chdir("/")
-        with pytest.raises(ConfigError, match="no own_network in the folder that this is called from"):
+        sys.path.remove(str(tmp_path))
+        with pytest.raises(ConfigError, match="no module own_network in the folder that this is called from"):
             load_ensemble(tmp_path / "digits")
 
 
 def test_from_python_an_unknown_setting_is_an_error_and_no_exit(tmp_path: Path) -> None:
     assert stl("run", tmp_path) == 0
-    with pytest.raises(ConfigError, match=r"did you mean data\.root in place of data\.rot"):
+    with pytest.raises(ConfigError) as raised:
         load_ensemble(tmp_path / "digits", ["--data.rot=elsewhere"])
+    said = "unrecognized arguments: --data.rot=elsewhere; did you mean data.root in place of data.rot?"
+    assert str(raised.value) == said
 
 
 def test_scoring_a_run_that_does_not_exist_makes_none(tmp_path: Path, capfd: Capture) -> None:

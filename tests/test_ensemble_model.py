@@ -156,10 +156,14 @@ def test_members_together_equal_members_one_by_one(name: str, n: int) -> None:
     assert_same(model(pixels), made_of.fitted.log_probs(expected))
 
 
-@pytest.mark.parametrize("precision", [torch.float64, torch.float16])
-def test_images_of_any_precision_are_taken(precision: torch.dtype) -> None:
-    made_of, pixels = parts(CASES["interleaved"]), (images(3, 3) / 255).to(precision)
-    assert_same(made_of.model()(pixels), made_of.model()(pixels.float()))
+@pytest.mark.parametrize("of_images", [torch.uint8, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("of_model", [torch.bfloat16, torch.float32, torch.float64])
+def test_images_of_any_precision_are_taken(of_images: torch.dtype, of_model: torch.dtype) -> None:
+    made_of, pixels = parts(CASES["interleaved"]), images(3, 3)
+    expected = made_of.model()(pixels)
+    received = made_of.model().to(of_model)(pixels if of_images == torch.uint8 else (pixels / 255).to(of_images))
+    atol = 0.2 if of_model == torch.bfloat16 else 2e-3 if of_images == torch.float16 else 1e-5
+    torch.testing.assert_close(received.float(), expected.float(), atol=atol, rtol=1e-5)
 
 
 def test_flips_average_the_logits_of_an_image_and_its_mirror_image() -> None:

@@ -202,11 +202,11 @@ def test_members_lost_by_weight_and_all_members(jobs: list[BranchJob], capfd: py
     last = results["by_members"][-1]
     assert last["test"]["accuracy"] == results["ensemble"]["accuracy"]
     print_results(results)
-    assert "has no one weight a member" not in capfd.readouterr().out
+    assert "has several weights a branch" not in capfd.readouterr().out
     by_class = evaluate(jobs[0].run, jobs, EnsembleOptions("per_class"))
     assert by_class["by_members"][-1]["weighting"] == "simplex"
     print_results(by_class)
-    assert "members: the n best weighted by simplex, since per_class has no" in capfd.readouterr().out
+    assert "members: the n best are weighted by simplex; per_class has several" in capfd.readouterr().out
 
 
 def test_one_member_has_nothing_to_lose(jobs: list[BranchJob], capfd: pytest.CaptureFixture[str]) -> None:
@@ -286,5 +286,5 @@ def test_branches_that_have_not_finished_are_named(tmp_path: Path) -> None:
 
 
 def test_no_branch_at_all(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="stl fit"):
+    with pytest.raises(RunError, match="none has begun"):
         evaluate(make_job(tmp_path).run, [], EnsembleOptions())

@@ -382,7 +382,7 @@ def test_arrays_keep_their_values_and_channels_come_first(tmp_path):
     ("change", "message"),
     [
         ({"test_labels": None}, "without test_labels"),
-        ({"test_images": np.zeros((5, 4), np.uint8)}, r"received uint8 \(1, 4\)"),
+        ({"test_images": np.zeros((5, 4), np.uint8)}, r"received uint8 \(5, 4\)"),
         ({"test_images": np.zeros((5, 4, 4), np.int64)}, "int64"),
         ({"train_labels": np.array([{}] * 5)}, "cannot be read"),
         ({"train_labels": np.array(["cat"] * 5)}, "whole numbers from 0"),
@@ -399,11 +399,17 @@ def test_arrays_of_another_layout_are_refused(change, message, tmp_path):
         open_source("npz", tmp_path / "own.npz")
 
 
-@pytest.mark.parametrize(("low", "high", "is_taken"), [(0.0, 1.0, True), (0.0, 209.4, False), (-1.0, 1.0, False)])
-def test_floats_are_taken_from_0_to_1(low, high, is_taken, tmp_path):
-    images, labels = np.linspace(low, high, 5 * 4 * 4).reshape(5, 4, 4), np.arange(5)
-    arrays = {"train_images": images, "test_images": images, "train_labels": labels, "test_labels": labels}
-    np.savez(tmp_path / "own.npz", **arrays)
-    source = open_source("npz", tmp_path / "own.npz")
-    with nullcontext() if is_taken else pytest.raises(DataError, match=f"{low:.4g} to {high:.4g} in test_images"):
-        source.load("test")
+RANGES = [(0.0, 1.0, True), (-1e-6, 1.00001, True), (0.0, 209.4, False), (-1.0, 1.0, False)]
+
+
+@pytest.mark.parametrize(("low", "high", "is_taken"), RANGES)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_floats_are_taken_from_0_to_1(low, high, is_taken, split, tmp_path):
+    """Also of the test images before any training."""
+    labels = np.arange(5)
+    arrays = {f"{name}_images": np.zeros((5, 4, 4)) for name in ("train", "test")}
+    arrays[f"{split}_images"] = np.linspace(low, high, 5 * 4 * 4).reshape(5, 4, 4)
+    np.savez(tmp_path / "own.npz", **arrays, train_labels=labels, test_labels=labels)
+    said = f"own.npz: {split}_images: expected floats in .*received {low:.4g} to {high:.4g}"
+    with nullcontext() if is_taken else pytest.raises(DataError, match=said):
+        open_source("npz", tmp_path / "own.npz").load("train")

@@ -251,12 +251,34 @@ def test_the_ensemble_is_part_of_what_was_launched(fake: FakeCommand, tmp_path: 
     assert (read_run_state(paths).ensemble, read_run_state(paths).exit_code) == ("queued", UNFINISHED)
 
 
-def test_what_to_do_next_of_a_run_that_nothing_works_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = a_run(tmp_path / "run", [elsewhere("finished"), elsewhere("interrupted")])
-    write_json(paths.results, {})
-    assert main(["status", str(paths.folder)]) == UNFINISHED
-    said = "1 interrupted, 1 finished; ensemble: made of the finished branches; `stl run` with its config continues it"
-    assert said in capsys.readouterr().out
+NEXT = {
+    "interrupted": (
+        [elsewhere("interrupted"), elsewhere("finished")],
+        "; to continue, repeat the command that started it\n",
+    ),
+    "left out": ([None, elsewhere("finished")], ", or `stl fit` with its config for branches that were left out\n"),
+    "partial": ([elsewhere("finished")] * 2, "ensemble: partial; `stl ensemble {folder}` makes it\n"),
+}
+
+
+@pytest.mark.parametrize("case", NEXT)
+def test_what_to_do_next_of_a_run_that_nothing_works_on(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    statuses, said = NEXT[case]
+    paths = a_run(tmp_path / "run", statuses)
+    write_json(paths.results, {"missing": [0]})
+    main(["status", str(paths.folder)])
+    printed = capsys.readouterr().out
+    assert "ensemble: partial" in printed
+    assert said.format(folder=paths.folder) in printed
+
+
+def test_results_that_are_damaged_are_to_be_made_again(tmp_path: Path) -> None:
+    paths = a_run(tmp_path / "run", [elsewhere("finished")])
+    paths.results.parent.mkdir()
+    paths.results.write_text("{")
+    assert read_run_state(paths).ensemble == "outdated"
 
 
 def test_watching_ends_when_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import os
+import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from stl_lightning.augment import Augment
-from stl_lightning.cli.parser import SettingsParser, own_classes_found
+from stl_lightning.cli.parser import SettingsParser
 from stl_lightning.datamodule import SpectralDataModule
 from stl_lightning.ensemble.fit import check_n_folds, find_candidates
 from stl_lightning.ensemble.options import EnsembleOptions
@@ -45,6 +47,10 @@ class SpectralCLI(LightningCLI):
     def __init__(self, args: list[str], command: str, description: str = "", exits: bool = True) -> None:
         self._data: SpectralDataModule | None = None
         quiet()
+        # Classes of the user's own lie in the folder that this is called from. Not "", which Python has there for some
+        # callers: a config is read from within its own folder.
+        if (here := os.getcwd()) not in sys.path:
+            sys.path.insert(0, here)
         super().__init__(
             BranchModule,
             SpectralDataModule,
@@ -82,8 +88,7 @@ class SpectralCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        with own_classes_found():
-            self.config = parser.parse_args(args)
+        self.config = parser.parse_args(args)
         if self.config.model.network_of is not None:
             # YAML reads a single branch as a number; kept configs are compared key by key.
             self.config.model.network_of = {str(key): value for key, value in self.config.model.network_of.items()}
@@ -206,22 +211,23 @@ def _with_list(trainer: dict[str, Any]) -> dict[str, Any]:
 def kept_cli(paths: RunPaths, branch: int, overrides: Sequence[str] = ()) -> SpectralCLI:
     """The config that a branch of a run was trained with, and what is different now about where it runs.
 
-    Raises: ConfigError if the config or an override cannot be used, or would change what the branch computes.
+    Raises: ConfigError if the config cannot be read, or an override is unknown or would change what the branch
+    computes.
     """
     file = str(paths.branch(branch).config)
-    as_trained, cli = _parsed(["--config", file], file), _parsed(["--config", file, *overrides], " ".join(overrides))
+    as_trained, cli = _parsed(["--config", file], f"{file}: "), _parsed(["--config", file, *overrides])
     changed = different_settings(*(each.parser.dump(each.config, skip_unset=False) for each in (as_trained, cli)))
     if changed:
         raise ConfigError(f"{', '.join(changed)}: a finished run keeps these settings; expected them to be left out")
     return cli
 
 
-def _parsed(args: list[str], what: str) -> SpectralCLI:
-    """For a caller from Python, whom an error must not end. Raises: ConfigError that names `what`."""
+def _parsed(args: list[str], prefix: str = "") -> SpectralCLI:
+    """For a caller from Python, whom an error must not end. Raises: ConfigError, whose text begins with `prefix`."""
     try:
         return SpectralCLI(args, "ensemble", exits=False)
-    except ArgumentError as error:
-        raise ConfigError(f"{what}: {error}") from error
+    except (ArgumentError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 def clis_of_run(run: Run, overrides: Sequence[str] = ()) -> dict[int, SpectralCLI]:

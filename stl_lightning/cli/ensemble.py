@@ -48,7 +48,7 @@ def load_ensemble(run: str | Path, overrides: Sequence[str] = ()) -> "SpectralEn
     """The trained ensemble of a run that `stl ensemble` or `stl run` has evaluated, as one module.
 
     `overrides` are settings as on the command line, such as "--data.root=elsewhere".
-    Raises: RunError or CheckpointError if something of it cannot be read.
+    Raises: RunError, CheckpointError or ConfigError if something of it cannot be read, or an override is unknown.
     """
     from stl_lightning.cli.config import jobs_of_run
     from stl_lightning.ensemble.model import build_ensemble, load_fitted

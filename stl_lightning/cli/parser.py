@@ -1,11 +1,10 @@
 """The parser of settings: an unknown one is answered with the one that was meant."""
 
-import contextlib
-import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from difflib import get_close_matches
+from pkgutil import iter_modules
 from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -17,13 +16,15 @@ NOT_ACCEPTED = re.compile(r"Option '([\w.]+)' is not accepted")
 # And of values that it cannot use.
 NO_MODULE = re.compile(r"No module named '([\w.]+)'")
 NO_CLASS = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
-NO_LIST = re.compile(r"Expected a <class 'list'>.*Given value: ([\w.-]+)", re.DOTALL)
+NO_LIST = re.compile(r"Subtypes: \[list\[int\].*Given value: (-?\d+(?:[, ]+-?\d+)*)\Z", re.DOTALL)
 
 
 class SettingsParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
-        super().error("; ".join([message, *suggestions(message, known), *cures(message)]), ex)
+        hints = [*suggestions(message, known), *cures(message)]
+        # A parser that is not to exit comes here a second time, with what it has raised.
+        super().error("; ".join([message, *(hint for hint in hints if hint not in message)]), ex)
 
 
 def suggestions(message: str, known: Iterable[str]) -> list[str]:
@@ -35,30 +36,23 @@ def suggestions(message: str, known: Iterable[str]) -> list[str]:
 
 
 def cures(message: str) -> list[str]:
-    """What to write: for a class that is not found, which there are or where they are looked for; for a list, one."""
-    found = [
-        f"no {name} in the folder that this is called from, or on PYTHONPATH" for name in NO_MODULE.findall(message)
-    ]
+    """What to write in place of a class that is not found, or of a list."""
+    where = "in the folder that this is called from, on PYTHONPATH or installed"
+    found = [f"no module {name} {where}" for name in NO_MODULE.findall(message)]
     for module, name in NO_CLASS.findall(message):
-        classes = [key for key, value in vars(sys.modules[module]).items() if isinstance(value, type)]
-        found += _meant(name, classes) or [f"{module} has the classes {', '.join(sorted(classes))}"]
-    return found + [f"write [{value}]" for value in NO_LIST.findall(message)]
+        found += _meant(name, _public(module))
+    return found + [f"write [{', '.join(re.split('[, ]+', numbers))}]" for numbers in NO_LIST.findall(message)]
+
+
+def _public(module: str) -> list[str]:
+    """What can be found in a module that was imported, and its submodules."""
+    imported = sys.modules.get(module)  # none, if the import of it has failed
+    if imported is None:
+        return []
+    inside = [found.name for found in iter_modules(getattr(imported, "__path__", None) or ())]
+    return [name for name in {*vars(imported), *inside} if not name.startswith("_")]
 
 
 def _meant(name: str, known: Iterable[str]) -> list[str]:
     close = get_close_matches(name, known, n=1, cutoff=0.8)
     return [f"did you mean {found} in place of {name}?" for found in close]
-
-
-@contextlib.contextmanager
-def own_classes_found() -> Iterator[None]:
-    """Classes of the user's own are found in the folder that the command is called from, while a config is read.
-
-    jsonargparse reads a config from within its folder, and the "" of `sys.path` is that folder then.
-    """
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)

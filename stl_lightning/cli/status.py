@@ -122,10 +122,7 @@ def _cells(report: BranchReport) -> tuple[str, ...]:
 
 def _summary(state: RunState) -> str:
     counts = ", ".join(f"{count} {name}" for name, count in state.counts.items())
-    n_branches, n_finished = len(state.branches), len(state.those("finished"))
-    of_some = " of the finished branches" if state.ensemble == "made" and n_finished < n_branches else ""
-    ensemble = f"ensemble: {state.ensemble}{of_some}"
-    return f"{state.paths.folder}: {n_branches} branches: {counts}; {ensemble}{_cure(state)}"
+    return f"{state.paths.folder}: {len(state.branches)} branches: {counts}; ensemble: {state.ensemble}{_cure(state)}"
 
 
 def _cure(state: RunState) -> str:
@@ -134,10 +131,11 @@ def _cure(state: RunState) -> str:
     if state.is_in_work or state.those("unreadable"):
         return ""
     if not state.exit_code:
-        return f"; `stl ensemble {folder}` makes it" if state.ensemble in ("missing", "outdated") else ""
-    if not state.launches:
-        return "; `stl run` with its config continues it"
-    return f"; `stl resubmit {folder}` continues it"
+        return f"; `stl ensemble {folder}` makes it" if state.ensemble in ("missing", "outdated", "partial") else ""
+    if state.launches:
+        return f"; `stl resubmit {folder}` continues it"
+    left_out = ", or `stl fit` with its config for branches that were left out" if state.those("pending") else ""
+    return f"; to continue, repeat the command that started it{left_out}"
 
 
 def as_time(seconds: float) -> str:

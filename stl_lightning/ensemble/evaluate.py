@@ -1,5 +1,6 @@
 """From trained branches to the row of the table: fit the weights on validation logits, score the test set once."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,7 +33,7 @@ def evaluate(
     usable, left_out = _finished(jobs, options.flips)
     if not usable:
         reasons = "; ".join(f"branch {branch}: {reason}" for branch, reason in left_out.items()) or "none has begun"
-        cure = f"`stl status {run.paths.folder}` says what they are doing; `stl fit` with their config trains them"
+        cure = f"`stl status {shlex.quote(str(run.paths.folder))}` says what they are doing"
         raise RunError(f"{run.paths.folder}: no branch can be combined ({reasons}). {cure}")
     members = [job for job, _, _ in usable]
     present = [job.branch for job in members]

@@ -62,8 +62,9 @@ class SpectralEnsemble(nn.Module):
         return (logits + self._logits(images.flip(-1))) / 2 if self.fitted.flips else logits
 
     def _logits(self, images: Tensor) -> Tensor:
-        images = images.to(self.spectral.matrix.dtype) if images.is_floating_point() else images
-        parts = self.spectral.slices(images, self.slices).split(self.widths, 1)
+        precision = self.spectral.matrix.dtype
+        pixels = images.to(precision) if images.is_floating_point() else images
+        parts = self.spectral.slices(pixels, self.slices).to(precision).split(self.widths, 1)
         logits = [group(part) for group, part in zip(self.groups, parts, strict=True)]
         together = torch.cat(logits) if len(logits) > 1 else logits[0]
         return together if self.places is None else together[self.places]

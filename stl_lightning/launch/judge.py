@@ -13,7 +13,7 @@ from stl_lightning.paths import RunPaths
 from stl_lightning.status import LOST_AFTER_S, Status
 
 Judged = Literal["pending", "queued", "running", "lost", "interrupted", "failed", "finished", "unreadable"]
-EnsembleState = Literal["made", "outdated", "queued", "missing"]
+EnsembleState = Literal["made", "partial", "outdated", "queued", "missing"]
 JUDGED = get_args(Judged)
 BAD: tuple[Judged, ...] = ("lost", "failed", "unreadable")
 IN_WORK: tuple[Judged, ...] = ("queued", "running")

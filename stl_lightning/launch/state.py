@@ -11,7 +11,7 @@ from stl_lightning.errors import RunError
 from stl_lightning.launch.judge import BranchReport, EnsembleState, Judged, RunState, judge
 from stl_lightning.launch.record import Launch, read_launches
 from stl_lightning.launch.slurm import Job, Queue, ask_queue, base
-from stl_lightning.paths import RunPaths, file_system_now
+from stl_lightning.paths import RunPaths, file_system_now, read_json
 from stl_lightning.ranges import as_ranges
 from stl_lightning.run import open_run
 from stl_lightning.status import Status, heartbeat_age_s, read_status
@@ -179,12 +179,17 @@ def _prepare_jobs(launches: Sequence[Launch], queue: Queue) -> list[str]:
 
 
 def _results(paths: RunPaths, statuses: Mapping[int, Status]) -> EnsembleState:
-    """Whether the ensemble was made, and since the last branch has finished."""
+    """Whether the ensemble was made, since the last branch has finished, and of all branches."""
     if not paths.results.exists():
         return "missing"
     finished = [paths.branch(branch).status for branch, status in statuses.items() if status.state == "finished"]
     made = paths.results.stat().st_mtime_ns
-    return "outdated" if any(path.stat().st_mtime_ns > made for path in finished) else "made"
+    if any(path.stat().st_mtime_ns > made for path in finished):
+        return "outdated"
+    try:
+        return "partial" if read_json(paths.results).get("missing") else "made"
+    except RunError:  # damaged, so to be made again
+        return "outdated"
 
 
 def _awaits_ensemble(launches: Sequence[Launch], queue: Queue) -> bool:

@@ -38,9 +38,8 @@ def _remarks(results: dict[str, Any]) -> list[str]:
     counted = "not counted" if sent is None or received is None else f"{sent:,} and {received:,}"
     lines.append(f"bytes sent and received while training: {counted}")
     if any(row["weighting"] != results["weighting"] for row in results.get("by_members", [])):
-        lines.append(
-            f"members: the n best weighted by simplex, since {results['weighting']} has no one weight a member"
-        )
+        of_several = f"{results['weighting']} has several weights a branch"
+        lines.append(f"members: the n best are weighted by {results['by_members'][0]['weighting']}; {of_several}")
     lines += [f"branch {branch} is left out: {reason}" for branch, reason in results["left_out"].items()]
     if "left_out" in (results["baseline"] or {}):
         lines.append(f"the baseline is left out: {results['baseline']['left_out']}")

@@ -51,7 +51,7 @@ def padding(image_shape: ImageShape, block: Block, pad: str | None) -> tuple[int
         raise ConfigError(
             f"data.block: {block[0]}x{block[1]} does not divide the {height}x{width} image. Heights that fit: "
             f"{_divisors(height)}; widths that fit: {_divisors(width)}"
-            # A larger block would leave slices of one pixel.
+            # With a larger block most of the image would be padding.
             + (or_pad if block[0] <= height and block[1] <= width else "")
         )
     if pad == "reflect" and (rows >= height or columns >= width):

@@ -120,15 +120,20 @@ def seconds(found: Row) -> str:
 
 def variants(records: Mapping[str, Row]) -> str:
     """Each experiment beside its controls: the same code, with some settings changed."""
+    first = (
+        "Ens. has the weighting that was chosen on the validation split, Ens., simplex one number a branch: minimum "
+        "NLL there over non-negative weights of sum 1. (n = 2) beside a number: so many seeds have it."
+    )
     head = ["", "n", "Mean", "Highest", "Ens.", "Ens., simplex", "ECE"]
     head += ["multiply-adds of all", "training bytes a branch and epoch"]
-    lines: list[str] = []
+    lines = [first, ""]
     for record in records.values():
         rows = [variant_row("the recipe", record)] if record["seeds"] else []
         for key, row in record["variants"].items():
             precision = f", {precisions(row)}" if record["seeds"] and differ(row, record) else ""
-            is_shorter = key.startswith("reads-") and row["slices_per_branch"] == record.get("slices_per_branch")
-            title = ("the recipe: " if is_shorter else "") + row["title"]
+            # Of the curve over the slices that a branch reads, the recipe where the curve is of fewer epochs.
+            is_recipe = record["seeds"] and key == f"reads-{record['slices_per_branch']}"
+            title = ("the recipe in fewer epochs: " if is_recipe else "") + row["title"]
             rows.append(variant_row(title + precision, row))
             if "stacked" in row:
                 corrected = row | {"baseline": row["stacked"]}
@@ -156,9 +161,10 @@ def variant_row(title: str, row: Row) -> list[str]:
         return [title, str(row["baseline"]["n"]), "", "", percent(row["baseline"]), "", "", *cost]
     n = row["ensemble"]["n"]
     accuracies = [percent_of(n, row[column]) for column in ("mean", "highest", "ensemble")]
-    simplex = percent_of(n, row["weightings"]["simplex"]["accuracy"])  # one number a branch
+    simplex = row["weightings"].get("simplex")
+    accuracies.append(percent_of(n, simplex["accuracy"]) if simplex else "")
     cost = cost_cells(sizes["all_branches"], sizes["branch"])
-    return [title, str(n), *accuracies, simplex, f"{row['ece']['mean']:.4f}", *cost]
+    return [title, str(n), *accuracies, f"{row['ece']['mean']:.4f}", *cost]
 
 
 def cost_cells(computes: Row, reads: Row) -> list[str]:
