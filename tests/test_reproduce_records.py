@@ -188,10 +188,11 @@ def test_the_curve_is_drawn_from_the_json(tmp_path: Path) -> None:
     record = {"title": "Somewhere", "slices_per_branch": 1, **row, "variants": {}}
     curve.draw(record, SHORT, tmp_path / "new" / "slices")
     assert not list(tmp_path.iterdir())  # of one point there is no curve
-    record["variants"] = {"reads-1": row, "reads-2": row, "baseline-short": {"baseline": spread([90.0])}}
+    shorter = {key: row | {"title": f"{key} a branch, 7 epochs"} for key in ("reads-1", "reads-2")}
+    record["variants"] = shorter | {"baseline-short": {"baseline": spread([90.0])}}
     curve.draw(record, SHORT, tmp_path / "new" / "slices")
     assert {path.suffix for path in (tmp_path / "new").iterdir()} == {".png", ".svg"}
-    assert "Somewhere" in (tmp_path / "new" / "slices.svg").read_text()
+    assert "Somewhere, 7 epochs" in (tmp_path / "new" / "slices.svg").read_text()
 
 
 def test_the_seeds_of_a_row_are_counted_where_they_differ() -> None:

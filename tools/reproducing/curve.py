@@ -43,6 +43,8 @@ def draw(record: Row, experiment: Experiment, stem: Path) -> None:
     rows = points(record, experiment)
     if len(rows) < 2:
         return
+    shorter = record["variants"].get(f"reads-{record['slices_per_branch']}", {"title": ""})
+    epochs = shorter["title"].partition(" a branch")[2]  # such as ", 2 epochs"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4), layout="constrained", dpi=DPI)
         axis = figure.subplots()
@@ -63,7 +65,7 @@ def draw(record: Row, experiment: Experiment, stem: Path) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xticks(places, [tick(r, row) for r, row in rows.items()])
         axis.set(ylabel="test error, %", xlabel="slices a branch reads; training bytes it reads an epoch; "
-                 "multiply-adds of all branches", title=record["title"])  # fmt: skip
+                 "multiply-adds of all branches", title=record["title"] + epochs)  # fmt: skip
         axis.legend()
         stem.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(stem.with_suffix(".png"))
