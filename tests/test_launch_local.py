@@ -165,7 +165,7 @@ def test_a_branch_that_fails_takes_no_sibling_down(
     assert process.returncode == FAILED, printed
     state = read_run_state(RunPaths(tmp_path / "digits"))
     assert [report.state for report in state.branches] == ["finished", "failed", "finished", "finished"]
-    assert state.ensemble == "made"
+    assert state.ensemble == "partial"
     failed = state.branches[1].status
     assert failed is not None
     assert failed.n_failures == 2  # the first time, and one retry

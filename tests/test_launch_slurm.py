@@ -136,7 +136,7 @@ def test_only_the_branch_that_failed_is_submitted_again(run: Run) -> None:
     assert code == DONE, said
     end = run.wait_for(is_over)[-1]
     assert [branch["state"] for branch in end["branches"]] == ["finished", "failed", "finished", "finished"], run.logs()
-    assert (end["ensemble"], end["exit_code"]) == ("made", FAILED)
+    assert (end["ensemble"], end["exit_code"]) == ("partial", FAILED)
     code, said = run("status", run.paths.folder)
     assert "branch 1: ValueError: it is broken" in said.splitlines()
     broken.unlink()
