@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from stl_lightning.augment import Augment, SliceAugment, SliceMirror, can_augment_slices, check_augment
-from stl_lightning.errors import CheckpointError, ConfigError
+from stl_lightning.errors import ConfigError
 from stl_lightning.images import ImageArray, ImageFiles, as_float
 from stl_lightning.loaders import ResumableLoader
 from stl_lightning.ranks import RankInfo
@@ -22,7 +22,11 @@ from stl_lightning.slices import (
     InMemory,
     RawSlices,
     Statistics,
+    check_same_branches,
+    check_same_fit,
+    fits_in_memory,
     measure,
+    placed,
     read_all,
     slices_of_branch,
     wanted,
@@ -38,10 +42,6 @@ File = Literal["train", "test"]  # what a source or store keeps; validation imag
 # many; a random sample, since the training split is in random order. No rank has to decode ImageNet before it starts.
 STATISTICS_IMAGES = 10_000
 KLT_IMAGES = 2_000
-
-# Training slices are held in memory, and on the GPU, if they take at most this share of what is free there.
-MEMORY_SHARE = 0.5
-DEVICE_SHARE = 0.6
 
 
 def split_indices(n_images: int, val_size: int | float, seed: int) -> tuple[Tensor, Tensor]:
@@ -194,7 +194,7 @@ class SpectralDataModule(LightningDataModule):
         """Read the training data and estimate what is fitted to them: KLT, mean and deviation."""
         if self._statistics is None:
             if not self.spectral.is_fitted:
-                self.spectral.fit(klt_sample(self._load("train"), self._split("train")))
+                self.spectral.fit(as_float(self._load("train").fetch(self._split("train")[:KLT_IMAGES])))
             self._statistics = self._measure()
         if stage == "fit" and self._held is None and self._can_hold_slices():
             self._held = read_all(self._raw("train"), len(self._labels("train")))
@@ -210,7 +210,7 @@ class SpectralDataModule(LightningDataModule):
         Raises: CheckpointError if it is of another branch.
         """
         of_branches = state["branches"]
-        self._check_branches(of_branches)
+        check_same_branches(of_branches, self.branches, self.reads)
         _take_matrix(self.spectral, of_branches[0]["matrix"])
         self._statistics = Statistics(*(torch.stack([of[name] for of in of_branches]) for name in ("mean", "std")))
 
@@ -316,20 +316,8 @@ class SpectralDataModule(LightningDataModule):
         restored, self._restored = self._restored, None
         if restored is None:
             return
-        self._check_branches(restored)
-        for was, now in zip(restored, self.state_dict()["branches"], strict=True):
-            for key in ("matrix", "mean", "std"):
-                if not torch.allclose(was[key].cpu(), now[key], rtol=1e-3, atol=1e-4):
-                    raise CheckpointError(
-                        f"the {key} of the training slices differs from the one in the checkpoint: are the data under "
-                        f"`data.root` or in `data.store` the ones the run was started with?"
-                    )
-
-    def _check_branches(self, restored: Sequence[dict[str, Any]]) -> None:
-        for was, branch, reads in zip(restored, self.branches, self.reads, strict=True):
-            for key, here in {"branch": branch, "slices": list(reads)}.items():
-                if was[key] != here:
-                    raise CheckpointError(f"the checkpoint was written for {key} {was[key]}, this is {key} {here}")
+        check_same_branches(restored, self.branches, self.reads)
+        check_same_fit(restored, self.state_dict()["branches"])
 
     def _load(self, file: File) -> ImageArray | ImageFiles:
         if file not in self._images:
@@ -386,7 +374,7 @@ class SpectralDataModule(LightningDataModule):
         if self.augment is not None and not can_augment_slices(self.augment, self.spectral):
             return False
         n_bytes = 4 * len(self.branches) * math.prod(self.in_shape) * len(self._labels("train"))
-        if n_bytes < MEMORY_SHARE * free_memory():
+        if fits_in_memory(n_bytes):
             return True
         print(
             f"the training slices would take {n_bytes / 1e9:.1f} GB, too much of the free memory: they are computed "
@@ -396,25 +384,7 @@ class SpectralDataModule(LightningDataModule):
 
     def _on_device(self, raw: RawSlices) -> RawSlices:
         """On the device of the training, if all of it fits there beside a network."""
-        if self.trainer is None or self.trainer.strategy.root_device.type != "cuda":
-            return raw
-        device = self.trainer.strategy.root_device
-        return raw.to(device) if raw.n_bytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] else raw
-
-
-def free_memory() -> float:
-    """Bytes that this machine can give to a process without swapping; infinite where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
-    return 1024 * int(available)
-
-
-def klt_sample(images: ImageArray | ImageFiles, indices: Tensor) -> Tensor:
-    """The training images that the KLT is fitted on. Shapes: indices (n,) -> (at most KLT_IMAGES, c, H, W)."""
-    return as_float(images.fetch(indices[:KLT_IMAGES]))
+        return raw if self.trainer is None else placed(raw, self.trainer.strategy.root_device)
 
 
 def _take_matrix(spectral: SpectralSplit, matrix: Tensor) -> None:

@@ -4,19 +4,25 @@ Letters: s branches, n samples, c channels, h w space, k classes.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from stl_lightning.augment import Augment, SliceAugment, SliceMirror, mix
-from stl_lightning.errors import ConfigError, DataError
+from stl_lightning.errors import CheckpointError, ConfigError, DataError
 from stl_lightning.images import ImageArray, ImageFiles
 from stl_lightning.spectral import SpectralSplit
 
 SPLIT_BATCH = 1024  # images that are split at once; bounds the memory beside the slices themselves
+
+# Training slices are held in memory, and on the GPU, if they take at most this share of what is free there.
+MEMORY_SHARE = 0.5
+DEVICE_SHARE = 0.6
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,49 @@ def measure(batches: Iterable[Tensor]) -> Statistics:
     # A slice that is constant (a border that is always black) is centred and left unscaled.
     std = torch.where(std > 1e-6, std, torch.ones_like(std))
     return Statistics(mean.float()[..., None, None], std.float()[..., None, None])
+
+
+def fits_in_memory(n_bytes: int) -> bool:
+    """Whether this machine can hold them beside all else."""
+    return n_bytes < MEMORY_SHARE * _free_memory()
+
+
+def _free_memory() -> float:
+    """Bytes that this machine can give to a process without swapping; infinite where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
+    return 1024 * int(available)
+
+
+def placed(raw: RawSlices, device: torch.device) -> RawSlices:
+    """On a GPU, if all of it fits there beside a network; as it is otherwise."""
+    if device.type != "cuda":
+        return raw
+    return raw.to(device) if raw.n_bytes < DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] else raw
+
+
+def check_same_branches(
+    restored: Sequence[Mapping[str, Any]], branches: Sequence[int], reads: Sequence[tuple[int, ...]]
+) -> None:
+    """Raises: CheckpointError if the records of a checkpoint are of other branches, or those read other slices."""
+    for was, branch, ks in zip(restored, branches, reads, strict=True):
+        for key, here in {"branch": branch, "slices": list(ks)}.items():
+            if was[key] != here:
+                raise CheckpointError(f"the checkpoint was written for {key} {was[key]}, this is {key} {here}")
+
+
+def check_same_fit(restored: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]]) -> None:
+    """Raises: CheckpointError if what was fitted to the training images of a checkpoint is not what is fitted here."""
+    for was, now in zip(restored, records, strict=True):
+        for key in ("matrix", "mean", "std"):
+            if not torch.allclose(was[key].cpu(), now[key], rtol=1e-3, atol=1e-4):
+                raise CheckpointError(
+                    f"the {key} of the training slices differs from the one in the checkpoint: are the data under "
+                    f"`data.root` or in `data.store` the ones the run was started with?"
+                )
 
 
 def slices_of_branch(

@@ -279,6 +279,17 @@ def test_a_network_of_ones_own(name: str, tmp_path: Path, capfd: Capture, monkey
             load_ensemble(tmp_path / "digits")
 
 
+def test_a_module_that_nobody_has_imported_is_meant_too(
+    tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_package").mkdir()
+    for name in ("__init__.py", "nets.py"):
+        (tmp_path / "own_package" / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert stl("fit", tmp_path, "--model.network=own_package.net.Tiny") == 2
+    assert "did you mean nets in place of net?" in capfd.readouterr().err
+
+
 def test_from_python_an_unknown_setting_is_an_error_and_no_exit(tmp_path: Path) -> None:
     assert stl("run", tmp_path) == 0
     with pytest.raises(ConfigError) as raised:

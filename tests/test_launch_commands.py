@@ -15,7 +15,7 @@ import pytest
 from test_launch import CHECKOUT, DIGITS, Submitted
 
 from stl_lightning.__main__ import main
-from stl_lightning.exits import DONE, REFUSED
+from stl_lightning.exits import DONE, FAILED, REFUSED
 from stl_lightning.launch.cancel import cancel_run
 from stl_lightning.launch.compose import Submission
 from stl_lightning.launch.record import METHODS, Launch, Process, read_launches, write_launch
@@ -218,6 +218,11 @@ def test_when_all_is_done_nothing_is_submitted(
         end(tmp_path, branch, "finished")
     assert main(["resubmit", str(tmp_path / "digits")]) == DONE
     assert [call[-1] for call in slurm.called()] == [str(tmp_path / "digits")]  # the ensemble alone was missing
+    write_json(RunPaths(tmp_path / "digits").results, {"missing": [2]})
+    assert main(["status", str(tmp_path / "digits")]) == FAILED
+    assert "ensemble: partial; `stl resubmit" in capsys.readouterr().out
+    assert main(["resubmit", str(tmp_path / "digits")]) == DONE
+    assert [call[-1] for call in slurm.called()] == [str(tmp_path / "digits")]
     write_json(RunPaths(tmp_path / "digits").results, {})
     capsys.readouterr()
     assert main(["resubmit", str(tmp_path / "digits")]) == DONE

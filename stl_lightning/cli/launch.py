@@ -265,7 +265,7 @@ def _is_anything_to_do(planned: Launch, state: RunState, wants_ensemble: bool) -
     """Whether branches are to be trained or the ensemble to be made; says so if not."""
     if planned.branches and planned.method in ("srun", "torchrun"):
         planned.branches = list(range(len(state.branches)))  # ranks divide all; those that have finished end at once
-    if planned.branches or (wants_ensemble and state.ensemble in ("missing", "outdated")):
+    if planned.branches or (wants_ensemble and state.lacks_ensemble):
         return True
     counts = ", ".join(f"{count} {name}" for name, count in state.counts.items())
     print(f"nothing to do: {counts}; ensemble: {state.ensemble}")

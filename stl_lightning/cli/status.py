@@ -131,7 +131,7 @@ def _cure(state: RunState) -> str:
     if state.is_in_work or state.those("unreadable"):
         return ""
     if not state.exit_code:
-        return f"; `stl ensemble {folder}` makes it" if state.ensemble in ("missing", "outdated", "partial") else ""
+        return f"; `stl ensemble {folder}` makes it" if state.lacks_ensemble else ""
     if state.launches:
         return f"; `stl resubmit {folder}` continues it"
     left_out = ", or `stl fit` with its config for branches that were left out" if state.those("pending") else ""

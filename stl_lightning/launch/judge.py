@@ -75,6 +75,11 @@ class RunState:
         return bool(self.launches) and self.launches[-1].has_ensemble
 
     @property
+    def lacks_ensemble(self) -> bool:
+        """Whether there is none of all branches that have finished, and none is about to be made."""
+        return self.ensemble in ("missing", "partial", "outdated")
+
+    @property
     def is_in_work(self) -> bool:
         return bool(self.those(*IN_WORK)) or self.ensemble == "queued"
 
