@@ -4,10 +4,8 @@ Letters: s branches, n samples, c channels, h w space, k classes.
 """
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 from stl_lightning.augment import Augment, SliceAugment, SliceMirror, mix
 from stl_lightning.errors import CheckpointError, ConfigError, DataError
 from stl_lightning.images import ImageArray, ImageFiles
+from stl_lightning.machine import free_memory
 from stl_lightning.spectral import SpectralSplit
 
 SPLIT_BATCH = 1024  # images that are split at once; bounds the memory beside the slices themselves
@@ -215,18 +214,8 @@ def measure(batches: Iterable[Tensor]) -> Statistics:
 
 
 def fits_in_memory(n_bytes: int) -> bool:
-    """Whether this machine can hold them beside all else."""
-    return n_bytes < MEMORY_SHARE * _free_memory()
-
-
-def _free_memory() -> float:
-    """Bytes that this machine can give to a process without swapping; infinite where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return math.inf
-    (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
-    return 1024 * int(available)
+    """Whether this process can hold them beside all else."""
+    return n_bytes < MEMORY_SHARE * free_memory()
 
 
 def placed(raw: RawSlices, device: torch.device) -> RawSlices:

@@ -12,8 +12,8 @@ PACKAGE = CHECKOUT / "stl_lightning"
 
 # Each may import from those before it (and from its own room).
 ROOMS = [
-    "errors", "ranges", "exits", "leaving", "ranks", "paths", "run", "status", "attempts", "supervisor", "traffic",
-    "launch",
+    "errors", "machine", "ranges", "exits", "leaving", "ranks", "paths", "run", "status", "attempts", "supervisor",
+    "traffic", "launch",
     "spectral", "augment", "images", "sources", "store", "loaders", "slices",
     "datamodule", "networks", "optimizers", "stacked", "averaging", "module", "strategy", "checkpoint", "tracking",
     "training", "ensemble", "cost", "report", "__main__", "cli",

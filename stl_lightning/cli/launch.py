@@ -15,11 +15,11 @@ from stl_lightning.exits import DONE
 from stl_lightning.launch import again
 from stl_lightning.launch.compose import check_method, find_templates, limit_of_options, site_options
 from stl_lightning.launch.judge import RunState
-from stl_lightning.launch.local import n_cores
 from stl_lightning.launch.record import LOCAL, METHODS, RETRIES, Launch, launching, read_launches
 from stl_lightning.launch.slurm import ask_queue, find_sbatch
 from stl_lightning.launch.state import read_run_state
 from stl_lightning.launch.submit import as_commands, become_launcher, begin_here, queue_up
+from stl_lightning.machine import n_cores
 from stl_lightning.paths import RunPaths, StorePaths
 
 if TYPE_CHECKING:

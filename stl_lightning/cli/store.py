@@ -1,7 +1,6 @@
 """`stl prepare` and `stl verify`: write and check a slice store. Import nothing heavy until arguments are parsed."""
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stl_lightning.errors import ConfigError
+from stl_lightning.machine import n_cores
 
 REFRESH_S = 0.1
 
@@ -47,7 +47,7 @@ def prepare_parser() -> argparse.ArgumentParser:
 def prepare(args: list[str]) -> int:
     """Write the slice store that a config describes."""
     given, settings = prepare_parser().parse_known_args(args)
-    n_workers = _n_cores() if given.workers is None else given.workers
+    n_workers = n_cores() if given.workers is None else given.workers
     if n_workers < 1:
         raise ConfigError(f"--workers: expected 1 or more, received {n_workers}")
 
@@ -112,11 +112,6 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--slices: expected whole numbers with commas between them, received {text!r}") from None
-
-
-def _n_cores() -> int:
-    """The cores this process may use: under SLURM, fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from stl_lightning.attempts import desk_of, process_started
 from stl_lightning.errors import STLError, say
 from stl_lightning.exits import DONE, FAILED, FENCED, INTERRUPTED, REFUSED
 from stl_lightning.launch.record import Launch, Process, launching, read_launches, write_launch
+from stl_lightning.machine import n_cores
 from stl_lightning.paths import RunPaths
 from stl_lightning.ranges import as_ranges
 from stl_lightning.status import Status, read_status, write_status
@@ -248,11 +249,6 @@ def worker_environ(environ: Mapping[str, str], job: str, slot: int, n_workers: i
 def outside_slurm(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables, without those of a SLURM job."""
     return {name: value for name, value in environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
-
-
-def n_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:

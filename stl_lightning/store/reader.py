@@ -6,7 +6,6 @@ or 512 images) by measurement: random batches of 128 or 256 come at least 40 tim
 Letters: n samples, c channels, h w space.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stl_lightning.errors import ConfigError, StoreError, unknown
+from stl_lightning.machine import n_cores
 from stl_lightning.paths import StorePaths
 from stl_lightning.sources import SPLITS, Source
 from stl_lightning.store.encoding import decode
@@ -160,7 +160,7 @@ def verify(folder: str | Path, slices: Sequence[int] | None = None, progress: Pr
     paths = StorePaths(Path(folder).expanduser().absolute())
     files = files_of(paths, read_manifest(paths), slices)
     present = [name for name, facts in files.items() if _size(paths.folder / name) == facts.bytes]
-    hashes = hash_files([paths.folder / name for name in present], os.cpu_count() or 1, progress)
+    hashes = hash_files([paths.folder / name for name in present], n_cores(), progress)
     intact = {name for name, found in zip(present, hashes, strict=True) if found == files[name].sha256}
     return [name for name in files if name not in intact]
 
