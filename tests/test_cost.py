@@ -22,7 +22,8 @@ from stl_lightning.cost import (
     slice_multiply_adds,
     weight_bytes,
 )
-from stl_lightning.networks import MLP, ConvNet, ResNet
+from stl_lightning.exits import REFUSED
+from stl_lightning.networks import MLP, ConvNet, FastConvNet, ResNet
 from stl_lightning.paths import BranchPaths, RunPaths, write_json
 from stl_lightning.report.costs import cost_table, remarks
 from stl_lightning.spectral import SpectralSplit
@@ -33,6 +34,7 @@ QUICK = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.enabl
 NETWORKS: dict[str, tuple[Callable[..., nn.Module], tuple[int, int, int]]] = {
     "MLP": (lambda *shape: MLP(*shape, batch_norm=True, dropout=0.1), (1, 7, 7)),
     "ConvNet": (lambda *shape: ConvNet(*shape, widths=(8, "P", 16)), (3, 16, 16)),
+    "FastConvNet": (lambda *shape: FastConvNet(*shape, widths=(8, 16)), (3, 16, 16)),
     "ResNet": (lambda *shape: ResNet(*shape, depth=(1, 1), width=8), (3, 16, 16)),
 }
 
@@ -89,6 +91,7 @@ def test_an_mlp_by_hand() -> None:
 
 def training(network: nn.Module | None = None, **changes: Any) -> Training:
     facts: dict[str, Any] = {"n_images": 100, "epochs": 3, "batch_size": 8, "stored_as": "float32"} | changes
+    facts = {"read_shape": (1, 4, 4)} | facts
     return Training(network or MLP((1, 4, 4), 10, depth=2), (1, 4, 4), 10, **facts)
 
 
@@ -189,22 +192,39 @@ def test_a_store_says_what_is_read(tmp_path: Path, capsys: pytest.CaptureFixture
     assert counted["ratios"]["all_branches"]["bytes_read"] == 1
 
 
+def test_a_branch_reads_all_pixels_where_the_augmentation_moves_them_between_slices(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No store would do then, which `stl fit` says when it gets one."""
+    crop, store = "--data.augment.crop_pad=2", f"--data.store={tmp_path / 'store'}"
+    counted = stl_cost(capsys, "--config", DIGITS, crop)
+    assert (counted["stored_as"], counted["ratios"]["branch"]["bytes_read"]) == ("uint8", 1)
+    assert main(["cost", "--config", DIGITS, crop]) == 0
+    assert "a branch reads all pixels" in capsys.readouterr().out
+    aligned = [crop, "--data.augment.aligned=true"]
+    assert stl_cost(capsys, "--config", DIGITS, *aligned)["stored_as"] == "float32"
+    assert main(["prepare", "--config", DIGITS, store, "--dtype=int8"]) == 0
+    assert stl_cost(capsys, "--config", DIGITS, *aligned, store)["ratios"]["branch"]["bytes_read"] == 1 / 4
+    assert main(["fit", "--config", DIGITS, store, crop, f"--run.root={tmp_path}"]) == REFUSED
+    assert "data.augment.aligned" in capsys.readouterr().err
+
+
 def test_steps_are_the_limit_where_they_end_first(capsys: pytest.CaptureFixture[str]) -> None:
     an_epoch = stl_cost(capsys, "--config", DIGITS)["baseline"]["bytes_read_epoch"]
     limited = stl_cost(capsys, "--config", DIGITS, "--trainer.max_steps", "18", "--data.batch_size", "64")
     assert limited["baseline"]["bytes_read"] == an_epoch  # 1,150 images are 18 steps of 64
 
 
-REFUSED = {
+BAD = {
     "no run": (["nowhere"], "run.json"),
     "no end": ([], "trainer.max_epochs"),
     "unknown setting": (["--config", DIGITS, "--data.sorce=digits"], "data.sorce"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_counted(case: str, capfd: pytest.CaptureFixture[str]) -> None:
-    args, said = REFUSED[case]
+    args, said = BAD[case]
     try:
         code = main(["cost", *args])
     except SystemExit as exit:

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from reproducing import readme
 from reproducing.experiments import EXPERIMENTS, GROUPS, N_TEST, Experiment
-from reproducing.summary import commit
+from reproducing.origin import commit
 from reproducing.train import call, trainings
 
 from stl_lightning.cli.cost import planned_costs
@@ -143,10 +143,27 @@ def test_the_conventional_network_is_left_scored_as_it_was(monkeypatch: pytest.M
     assert baseline.results() == {"weighting": []}
 
 
+def test_where_a_training_was_begun_stays_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not where it goes on or is recorded; and of the conventional network apart from that of its branches."""
+    planned = trainings("digits", EXPERIMENTS["digits"], tmp_path)
+    run, baseline = planned["recipe"][0], planned["baseline"][0]
+    assert run.origin() == {"machine": None, "commit": None}
+    monkeypatch.setattr("reproducing.train.call", lambda command: 0)
+    for place in ("first", "second"):
+        monkeypatch.setattr("reproducing.train.origin", lambda place=place: {"machine": place, "commit": None})
+        assert run.carry_out() == 0
+        (run.folder / "branches").mkdir(parents=True, exist_ok=True)
+    assert run.origin()["machine"] == "first"
+    assert baseline.origin()["machine"] is None
+    assert baseline.carry_out() == 0
+    assert (run.origin()["machine"], baseline.origin()["machine"]) == ("first", "second")
+
+
 BAD = {
     "a row": (["--rows=recipe,identiy"], "--rows: expected some of recipe, baseline, identity"),
     "seeds": (["--seeds=4-3"], "expected a number of seeds, or the first and the last, as 3-4; got 4-3"),
     "a setting": (["--trainer.max_epochs", "3"], "settings for `stl` as --key=value; got --trainer.max_epochs"),
+    "branches": (["--run.branches=[0,1]"], "--run.branches=[0,1] is set by this program"),
     "a seed": (["--seed_everything=5"], "--seed_everything=5 is set by this program: expected --seeds"),
     "no row": (["--rows="], "--rows: expected some of recipe"),
     "a misplaced name": (["--seeds", "1", "mnist"], "expected names first"),
@@ -235,13 +252,30 @@ def test_the_json_follows_from_the_logits_that_are_kept(tmp_path: Path) -> None:
     assert reproduce(tmp_path) == first  # from what is in the folder of the runs
     assert best.stat().st_mtime_ns == trained_at
 
+    file = tmp_path / "out" / "digits.json"
+    file.write_text(json.dumps(first | {"ensemble": first["ensemble"] | {"values": [12.34]}}))
+    assert "has no run whose accuracy is in" in call_reproduce(tmp_path, "--figures").stderr
+    assert not (tmp_path / "out" / "digits").exists()
 
-def reproduce(folder: Path) -> dict[str, Any]:
+    file.unlink()
+    best.write_bytes(best.read_bytes()[:1000])
+    partial = call_reproduce(tmp_path)
+    assert partial.returncode
+    assert "digits, recipe, seed 0: not recorded, for the ensemble lacks branches: branch 0: " in partial.stderr
+    assert not file.exists()
+
+
+def call_reproduce(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
     """The recipe of the digits alone, with one seed and few epochs."""
     places = [f"--runs={folder}/runs", f"--out={folder}/out"]
     few = ["--rows=recipe", "--seeds=1", "--trainer.max_epochs=3"]
-    command = [sys.executable, CHECKOUT / "tools" / "reproduce", "digits", *places, *few]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
+    command = [sys.executable, CHECKOUT / "tools" / "reproduce", "digits", *places, *few, *args]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
+
+
+def reproduce(folder: Path) -> dict[str, Any]:
+    done = call_reproduce(folder)
+    assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads((folder / "out" / "digits.json").read_text())
     return found
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reproducing import curve, readme
-from reproducing.experiments import EXPERIMENTS, Experiment, reads, shorter
+from reproducing.experiments import EXPERIMENTS, Experiment, aligned, reads, shorter
 from reproducing.records import (
     DERIVED,
     SHARED,
@@ -34,7 +34,7 @@ from test_reproduce import CHECKOUT, RECORDS, RESULTS
 
 def test_the_spread_of_seeds() -> None:
     assert spread([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5, abs=1e-5), "n": 2, "values": [1.0, 3.0]}
-    assert spread([1.0, None]) == {"mean": 1.0, "std": 0.0, "n": 1, "values": [1.0, None]}
+    assert spread([1.0, None]) == {"mean": 1.0, "std": None, "n": 1, "values": [1.0, None]}
     assert readme.percent(spread([97.5])) == "97.50"
     assert readme.percent(spread([97.0, 98.0])) == "97.50 ± 0.71"
     assert readme.percent(spread([])) == "-"
@@ -68,7 +68,7 @@ def test_what_seeds_have_in_common_must_be_the_same() -> None:
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_the_json_is_that_of_its_seeds(name: str) -> None:
-    """Taken apart into single seeds and put together, it is the same to the last number; so none is typed."""
+    """Taken apart into single seeds and put together, it is the same: mean and spread are those of the values."""
     record = json.loads((RESULTS / f"{name}.json").read_text())
     rows = rows_of(record)
     assert record_of(name, EXPERIMENTS[name], rows, record["settings"]) == record
@@ -144,6 +144,7 @@ def test_controls_are_told_with_one_number_a_branch_and_the_recipe_among_them() 
 
 def test_seeds_of_two_precisions_are_not_compared() -> None:
     found = {"baseline": spread([1.0, 1.0]), "precision": spread(["32-true", "32-true"]), "elapsed_s": spread([9.0])}
+    found |= {"machine": spread(["here"])}
     record = RECORDS["digits"] | in_precision("bf16-mixed", "32-true") | {"goal": 97.0}
     record["variants"] = {"baseline": found | {"seeds": [0, 1]}}
     lead = record["ensemble"]["values"][1] - 1.0
@@ -153,11 +154,12 @@ def test_seeds_of_two_precisions_are_not_compared() -> None:
     assert "baseline" not in readme.goal(record)
 
 
-def test_rows_of_an_older_version_are_refused_before_any_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("column", ["precision", "chosen"])
+def test_rows_of_an_older_version_are_refused_before_any_training(column: str, tmp_path: Path) -> None:
     planned, file = _planned(), tmp_path / "digits.json"
     _keep(file, "recipe", 0, 90.0)
     record = json.loads(file.read_text())
-    del record["precision"]
+    del record[column]
     file.write_text(json.dumps(record))
     with pytest.raises(SystemExit, match="recipe, seed 0: other columns, of an older version"):
         check_rows(file, planned, replace=False)
@@ -166,7 +168,13 @@ def test_rows_of_an_older_version_are_refused_before_any_training(tmp_path: Path
 READS = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, variants=reads(1, 1, 4))
 
 
-SHORT = Experiment("Somewhere", "digits", "configs/digits.yaml", 1, variants=reads(1, 1, 2) | shorter(1, (), ""))
+SHORT = Experiment(
+    "Somewhere",
+    "digits",
+    "configs/digits.yaml",
+    1,
+    variants=reads(1, 1, 2, note=", 7 epochs") | aligned(1, 2, 1, 4) | shorter(1, (), ""),
+)
 
 
 def test_the_curve_is_of_trainings_of_one_length() -> None:
@@ -177,9 +185,15 @@ def test_the_curve_is_of_trainings_of_one_length() -> None:
     assert {r: row["name"] for r, row in curve.points(record, SHORT).items()} == {4: "4"}
     assert curve.conventional(record, READS) == "long"
     assert curve.conventional(record, SHORT) == {"n": 0}
-    record["variants"] |= {"reads-2": {"name": "2"}, "baseline-short": {"baseline": "short"}}
+    record["variants"] |= {
+        "aligned-1": {"name": "own"},
+        "reads-2": {"name": "2"},
+        "baseline-short": {"baseline": "short"},
+    }
     assert {r: row["name"] for r, row in curve.points(record, SHORT).items()} == {2: "2", 4: "4"}
     assert curve.conventional(record, SHORT) == "short"
+    record["variants"] |= {"aligned-4": {"name": "few bytes"}}
+    assert {r: row["name"] for r, row in curve.points(record, SHORT).items()} == {1: "own", 4: "few bytes"}
 
 
 def test_the_curve_is_drawn_from_the_json(tmp_path: Path) -> None:
@@ -188,11 +202,19 @@ def test_the_curve_is_drawn_from_the_json(tmp_path: Path) -> None:
     record = {"title": "Somewhere", "slices_per_branch": 1, **row, "variants": {}}
     curve.draw(record, SHORT, tmp_path / "new" / "slices")
     assert not list(tmp_path.iterdir())  # of one point there is no curve
-    shorter = {key: row | {"title": f"{key} a branch, 7 epochs"} for key in ("reads-1", "reads-2")}
-    record["variants"] = shorter | {"baseline-short": {"baseline": spread([90.0])}}
+    more = {name: spread([95.0 + i, 96.0 + i]) for i, name in enumerate(("mean", "highest", "ensemble"))}
+    record["variants"] = {"reads-1": row, "reads-2": row | more, "baseline-short": {"baseline": spread([93.0])}}
     curve.draw(record, SHORT, tmp_path / "new" / "slices")
     assert {path.suffix for path in (tmp_path / "new").iterdir()} == {".png", ".svg"}
     assert "Somewhere, 7 epochs" in (tmp_path / "new" / "slices.svg").read_text()
+    figure = curve.make(record, SHORT)
+    assert figure is not None
+    (axis,) = figure.axes
+    errors = {line.get_label(): list(line.get_ydata()) for line in axis.get_lines()}
+    bars = {bar.get_label(): list(bar.lines[0].get_ydata()) for bar in axis.containers}
+    assert bars == {"mean branch": [10, 4.5], "highest branch": [9, 3.5], "ensemble": [8, 2.5]}
+    assert errors["conventional network"] == [7, 7]
+    assert [label.get_text() for label in axis.get_xticklabels()] == [f"{r}\n2 MB\n3.0 M" for r in (1, 2)]
 
 
 def test_the_seeds_of_a_row_are_counted_where_they_differ() -> None:
@@ -200,11 +222,16 @@ def test_the_seeds_of_a_row_are_counted_where_they_differ() -> None:
     assert "| 3 | " in readme.results({"digits": record})
     assert "| 95.00 (n = 1) |" in readme.results({"digits": record})
     ours = dict(zip(record["seeds"], record["ensemble"]["values"], strict=True))
-    found = {"precision": spread(["32-true"])}
+    found = {"precision": spread(["32-true"]), "machine": spread(["here"])}
     record["variants"] = {"baseline": found | {"seeds": [2], "baseline": spread([ours[2] - 1])}}
     assert readme.goal(record) == "97.0: met; above the baseline of equal multiply-adds: met (+1.00)"
     record["variants"] = {"baseline": found | {"seeds": [7], "baseline": spread([99.0])}}
     assert readme.goal(record) == "97.0: met"
+    found["elapsed_s"] = spread([9.0])
+    for seeds, told in (([0, 1, 2], "| 99.00 ± 1.00 |"), ([0, 1, 7], "| 99.00 ± 1.00 (seeds 0, 1, 7) |")):
+        of_baseline = spread([98.0, 99.0, 100.0])
+        variants = {"baseline": found | in_precision(*["32-true"] * 3) | {"seeds": seeds, "baseline": of_baseline}}
+        assert told in readme.results({"digits": record | {"baseline": of_baseline, "variants": variants}})
 
 
 def test_seeds_of_several_calls_come_together(tmp_path: Path) -> None:
@@ -251,8 +278,8 @@ def _planned(*settings: str) -> Planned:
 
 
 def _row(training: Training, value: float) -> dict[str, Any]:
-    name = "baseline" if training.only_baseline else "ensemble"
-    return {"trained": training.trained(), "precision": "32-true", name: value}
+    accuracy = {"baseline": value} if training.only_baseline else {"ensemble": value, "chosen": "uniform on prob"}
+    return {"trained": training.trained(), "precision": "32-true", **accuracy}
 
 
 def _keep(file: Path, key: str, seed: int, value: float) -> None:

@@ -109,7 +109,7 @@ def _of_branch(job: "BranchJob", n_images: int, paths: BranchPaths | None) -> "T
         n_images,
         _epochs(job.trainer_settings, n_images, data.batch_size, paths, job.branch),
         data.batch_size,
-        "float32" if data.store is None else data.store.dtype,
+        *data.reads_of_image(),
         slice_multiply_adds(spectral.matrix[rows], (spectral.image_shape[0], *data.in_shape[1:])),
         str(job.trainer_settings.get("precision") or "32-true"),
         paths,
@@ -131,6 +131,7 @@ def _of_baseline(of_run: "SpectralCLI", cli: "SpectralCLI", n_images: int, paths
         n_images,
         _epochs(dict(config.trainer), n_images, batch_size, paths, 0),
         batch_size,
+        read_shape=source.image_shape,
         stored_as="uint8",  # as image files have it
         precision=str(config.trainer.precision or "32-true"),
         paths=paths,

@@ -30,6 +30,7 @@ class Training:
     n_images: int  # of the training split
     epochs: float  # as many as are planned, or were trained
     batch_size: int
+    read_shape: Shape  # of what it reads of an image: in_shape, or the image's, if it makes its slices itself
     stored_as: str  # type of the numbers it reads: of a slice store, or uint8 for images
     transform_multiply_adds: int = 0  # to make of an image what the network reads
     precision: str = "32-true"  # as `trainer.precision`
@@ -77,7 +78,7 @@ def slice_multiply_adds(rows: Tensor, row_shape: Shape) -> int:
 
 def _planned(training: Training) -> dict[str, Any]:
     network = in_precision(training.network, training.precision)
-    an_epoch = training.n_images * prod(training.in_shape) * np.dtype(training.stored_as).itemsize
+    an_epoch = training.n_images * prod(training.read_shape) * np.dtype(training.stored_as).itemsize
     return {
         "n_parameters": n_parameters(network),
         "weight_bytes": weight_bytes(network),

@@ -108,8 +108,7 @@ def remarks(costs: Mapping[str, Any]) -> list[str]:
         "for all branches",
         f"activations: what a training batch of {costs['batch_size']} ({costs['precision']}) keeps for the backward "
         "pass; all: if all branches train at the same time",
-        f"data: a branch reads its slices, as {costs['stored_as']}, the baseline pixels of 8 bits; one : base: the "
-        "costliest branch",
+        f"data: {_read(costs['stored_as'])}; one : base: the costliest branch",
     ]
     if costs["all_branches"]["wall_s"] is not None:
         lines.append(
@@ -117,6 +116,15 @@ def remarks(costs: Mapping[str, Any]) -> list[str]:
             "these counted once"
         )
     return lines
+
+
+def _read(stored_as: str) -> str:
+    if stored_as == "uint8":
+        return (
+            "a branch reads all pixels, of 8 bits, as the baseline does: data.augment moves them between slices, so no "
+            "slice store would do (data.augment.aligned, without resized_crop, keeps them in)"
+        )
+    return f"a branch reads its slices, as {stored_as} from a slice store, the baseline pixels of 8 bits"
 
 
 def _above(ratios: Mapping[str, float | None]) -> str:

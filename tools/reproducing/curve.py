@@ -4,10 +4,13 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reproducing.experiments import Experiment
 from stl_lightning.report.looks import BASELINE, BLUE, DPI, GREEN, ORANGE, STYLE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
 
@@ -16,13 +19,18 @@ LINES = {"ensemble": ("ensemble", GREEN), "highest": ("highest branch", BLUE), "
 
 
 def points(record: Row, experiment: Experiment) -> dict[int, Row]:
-    """By number of slices, in order: the variants called `reads-R`, and the recipe if it is trained as long as they."""
-    own = record["slices_per_branch"]
-    found = {} if f"reads-{own}" in experiment.rows else {own: record}
+    """By number of slices, in order: the variants of a `family`, and the recipe if it is one of `reads`."""
+    own, name = record["slices_per_branch"], family(record)
+    found = {own: record} if name == "reads" and f"reads-{own}" not in experiment.rows else {}
     for key, row in record["variants"].items():
-        if matched := re.fullmatch(r"reads-(\d+)", key):
+        if matched := re.fullmatch(rf"{name}-(\d+)", key):
             found[int(matched[1])] = row
     return dict(sorted(found.items()))
+
+
+def family(record: Row) -> str:
+    """The variants that the curve is of: `aligned-R`, which read no more than R slices, or else `reads-R`."""
+    return "aligned" if sum(key.startswith("aligned-") for key in record["variants"]) > 1 else "reads"
 
 
 def conventional(record: Row, experiment: Experiment) -> Row:
@@ -33,7 +41,19 @@ def conventional(record: Row, experiment: Experiment) -> Row:
 
 
 def draw(record: Row, experiment: Experiment, stem: Path) -> None:
-    """Writes STEM.png and STEM.svg; nothing if there is one point only. Percent of the test images, over the seeds.
+    """Writes STEM.png and STEM.svg; nothing if there is one point only."""
+    import matplotlib
+
+    if (figure := make(record, experiment)) is None:
+        return
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(stem.with_suffix(".png"))
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+
+
+def make(record: Row, experiment: Experiment) -> "Figure | None":
+    """Percent of the test images, over the seeds; None if there is one point only.
 
     Errors on a logarithmic axis: a branch that reads a high frequency alone has many times those of the ensemble.
     """
@@ -42,9 +62,9 @@ def draw(record: Row, experiment: Experiment, stem: Path) -> None:
 
     rows = points(record, experiment)
     if len(rows) < 2:
-        return
-    shorter = record["variants"].get(f"reads-{record['slices_per_branch']}", {"title": ""})
-    epochs = shorter["title"].partition(" a branch")[2]  # such as ", 2 epochs"
+        return None
+    shorter = experiment.rows.get(f"reads-{record['slices_per_branch']}")
+    epochs = shorter.note if shorter else ""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4), layout="constrained", dpi=DPI)
         axis = figure.subplots()
@@ -67,9 +87,7 @@ def draw(record: Row, experiment: Experiment, stem: Path) -> None:
         axis.set(ylabel="test error, %", xlabel="slices a branch reads; training bytes it reads an epoch; "
                  "multiply-adds of all branches", title=record["title"] + epochs)  # fmt: skip
         axis.legend()
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(stem.with_suffix(".png"))
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+    return figure
 
 
 def tick(r: int, row: Row) -> str:

@@ -15,13 +15,14 @@ COLUMNS = ("mean", "highest", "ensemble", "baseline")  # of the poster's Table 1
 class Variant:
     """The same recipe with some settings changed. `seeds`: fewer than the experiment's, where it is not the headline.
 
-    `only_baseline`: trains the conventional network and no branch.
+    `only_baseline`: trains the conventional network and no branch. `note`: ends its title, such as ", 2 epochs".
     """
 
     title: str
     settings: Settings = ()
     seeds: int | None = None
     only_baseline: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def controls(n_seeds: int, r: int = 1, also: Settings = (), note: str = "") -> d
             for key, (what, n) in same.items()
         },
     }
-    return {key: Variant(title + note, (*settings, *also), n_seeds) for key, (title, settings) in changed.items()}
+    return {key: Variant(title, (*settings, *also), n_seeds, note=note) for key, (title, settings) in changed.items()}
 
 
 def unsplit(n_seeds: int, network: str, **options: object) -> dict[str, Variant]:
@@ -81,23 +82,39 @@ def unsplit(n_seeds: int, network: str, **options: object) -> dict[str, Variant]
 
 def shorter(n_seeds: int, also: Settings, note: str) -> dict[str, Variant]:
     """The conventional network beside variants in fewer epochs."""
-    return {"baseline-short": Variant(f"the conventional network{note}", also, n_seeds, only_baseline=True)}
+    return {"baseline-short": Variant("the conventional network", also, n_seeds, only_baseline=True, note=note)}
 
 
 def reads(n_seeds: int, *numbers: int, also: Settings = (), note: str = "") -> dict[str, Variant]:
-    """Branches that read their own slice and the lowest-frequency others: accuracy against storage."""
+    """Branches that read their own slice and the lowest-frequency others."""
     return {
-        f"reads-{r}": Variant(
-            f"{r} {'slices' if r > 1 else 'slice'} a branch{note}", (f"--data.slices_per_branch={r}", *also), n_seeds
+        f"reads-{r}": Variant(f"{slices(r)} a branch", (f"--data.slices_per_branch={r}", *also), n_seeds, note=note)
+        for r in numbers
+    }
+
+
+def aligned(n_seeds: int, crop_pad: int, *numbers: int, also: Settings = (), note: str = "") -> dict[str, Variant]:
+    """The same with crops by whole blocks, which a branch can make of its slices alone: accuracy against storage."""
+    crops: Settings = ("--data.augment.aligned=true", f"--data.augment.crop_pad={crop_pad}")
+    return {
+        f"aligned-{r}": Variant(
+            f"{slices(r)} a branch and no image, crops by whole blocks",
+            (f"--data.slices_per_branch={r}", *crops, *also),
+            n_seeds,
+            note=note,
         )
         for r in numbers
     }
 
 
+def slices(r: int) -> str:
+    return f"{r} {'slices' if r > 1 else 'slice'}"
+
+
 def sizes(n_seeds: int, network_of: Mapping[str, object], also: Settings = (), note: str = "") -> dict[str, Variant]:
     """Larger networks where the energy is, smaller ones where it is not; all together as large as equal ones."""
     settings = (f"--model.network_of={json.dumps(network_of)}", "--data.slices_per_branch=1", *also)
-    return {"sizes": Variant(f"1 slice a branch, sizes by energy{note}", settings, n_seeds)}
+    return {"sizes": Variant("1 slice a branch, sizes by energy", settings, n_seeds, note=note)}
 
 
 FAST = ("--trainer.precision=bf16-mixed", "--model.channels_last=true")
@@ -156,7 +173,10 @@ EXPERIMENTS = {
         "configs/mnist-best.yaml",
         seeds=3,
         goal=98.9,
-        variants=controls(1, 4) | reads(1, 1, 2, 8, 16) | sizes(1, {"0-2": {"width": 400}, "3-15": {"width": 208}}),
+        variants=controls(1, 4)
+        | reads(1, 1, 2, 8, 16)
+        | aligned(1, 4, 4)
+        | sizes(1, {"0-2": {"width": 400}, "3-15": {"width": 208}}),
     ),
     "mnist-conv": Experiment(
         "MNIST, B = 16, convolution branches",
@@ -165,7 +185,8 @@ EXPERIMENTS = {
         seeds=3,
         goal=99.3,
         variants=controls(1, 4, THREE_EPOCHS, ", 3 epochs")
-        | reads(1, 1, 2, 4, also=THREE_EPOCHS, note=", 3 epochs")
+        | reads(1, 4, also=THREE_EPOCHS, note=", 3 epochs")
+        | aligned(1, 4, 1, 2, 4, also=THREE_EPOCHS, note=", 3 epochs")
         | shorter(1, THREE_EPOCHS, ", 3 epochs"),
     ),
     "cifar10-best": Experiment(
@@ -176,6 +197,7 @@ EXPERIMENTS = {
         goal=92.0,
         variants=controls(1, 3, TWO_EPOCHS, ", 2 epochs")
         | reads(1, 1, 2, 3, 4, also=TWO_EPOCHS, note=", 2 epochs")
+        | aligned(1, 2, 1, 3, also=TWO_EPOCHS, note=", 2 epochs")
         | sizes(1, {"0": {"widths": [80, 160, 320]}, "3": {"widths": [48, 80, 160]}}, TWO_EPOCHS, ", 2 epochs")
         | shorter(1, TWO_EPOCHS, ", 2 epochs"),
     ),

@@ -27,10 +27,10 @@ def results(records: Mapping[str, Row]) -> str:
             cells = [f"{record['poster'][column]:.2f}" for column in COLUMNS]
             rows.append([f"the poster: {record['poster_on']}", "", "", *cells, "", ""])
         sizes = record["costs"]
-        of = [f"{sizes[part]['n_parameters']:,}" for part in PARTS if part in sizes]
+        of = [f"{sizes[part]['n_parameters']:,}" for part in PARTS]
         work = f"{sizes['baseline']['multiply_adds'] / sizes['all_branches']['multiply_adds']:.2f}"
         n = record["ensemble"]["n"]
-        cells = [percent_of(n, record[column]) for column in COLUMNS]
+        cells = [percent_of(n, record[column]) for column in COLUMNS[:-1]] + [baseline_of(record)]
         reads = f"{record['slices_per_branch']} of {n_branches(record)}"
         rows.append([f"{record['title']}: measured", str(n), reads, *cells, work, " / ".join(of)])
     head = ["", "n", "slices a branch reads", "Mean", "Highest", "Ens.", "Baseline"]
@@ -40,10 +40,19 @@ def results(records: Mapping[str, Row]) -> str:
         "of the single branches. Highest: of the branch that is best on the validation split. Ens.: of their weighted "
         "sum. Baseline: of the conventional network on the whole image."
     )
-    machines = dict.fromkeys(text for record in records.values() for text in record["machine"]["values"])
+    rows_of_all = [row for record in records.values() for row in (record, *record["variants"].values())]
+    machines = dict.fromkeys(text for row in rows_of_all for text in row["machine"]["values"] if text)
     last = f"Trained on {'; '.join(machines)}; machines shared with other work, so times are rough."
     made = [how_made(name, record) for name, record in records.items()]
     return "\n".join([first, "", *table(head, rows), "", *table(MADE, made), "", last, ""])
+
+
+def baseline_of(record: Row) -> str:
+    """The accuracy of the conventional network, with its seeds where they are not those of the ensemble."""
+    seeds = record["variants"].get("baseline", record)["seeds"]
+    others = len(seeds) == len(record["seeds"]) and seeds != record["seeds"]
+    shown = percent_of(len(record["seeds"]), record["baseline"])
+    return shown + (f" (seeds {', '.join(map(str, seeds))})" if others else "")
 
 
 def n_branches(record: Row) -> int:

@@ -40,12 +40,12 @@ def pick(row: Row, i: int) -> Any:
 
 
 def spread(values: Sequence[Any]) -> Row:
-    """Mean and deviation (0 for one value) of those that are there, their number, and all; of texts, no mean."""
+    """Mean and deviation (None for one value) of those that are there, their number, and all; of texts, no mean."""
     known = [value for value in values if value is not None]
     found: Row = {"n": len(known), "values": list(values)}
     if not known or isinstance(known[0], str):
         return found
-    std = statistics.stdev(known) if len(known) > 1 else 0.0
+    std = statistics.stdev(known) if len(known) > 1 else None
     return {"mean": statistics.fmean(known), "std": std, **found}
 
 
@@ -78,7 +78,7 @@ def without(row: Row, keys: Sequence[str]) -> Row:
 def record_of(name: str, experiment: Experiment, rows: Rows, settings: Sequence[str]) -> Row:
     """The JSON of an experiment. The inverse is `rows_of`."""
     variants = {
-        key: {"title": variant.title} | combine(rows[key])
+        key: {"title": variant.title + variant.note} | combine(rows[key])
         for key, variant in experiment.rows.items()
         if variant is not None and rows.get(key)
     }
@@ -116,10 +116,15 @@ def read_rows(file: Path, planned: Planned) -> tuple[Rows, list[str]]:
         of_today = planned[key][0].trained()
         for seed, row in list(seeds.items()):
             differing = [k for k in of_today if row["trained"][k] != of_today[k]]
-            if differing or "precision" not in row:
+            if differing or not is_whole(row):
                 del seeds[seed]
                 others.append(f"{key}, seed {seed}: other {' and '.join(differing) or 'columns, of an older version'}")
     return rows, others
+
+
+def is_whole(row: Row) -> bool:
+    """Whether it has what a row has today, and not only what an older version wrote."""
+    return bool(row.get("precision") and ("ensemble" not in row or row.get("chosen")))
 
 
 def check_rows(file: Path, planned: Planned, replace: bool) -> Rows:
@@ -134,8 +139,6 @@ def check_rows(file: Path, planned: Planned, replace: bool) -> Rows:
             f"{file} has rows that were trained in another way than they would be now:\n  {listed}\n"
             "expected --out to name another folder and --runs one for its trainings, or --replace to drop them"
         )
-    for other in others:
-        print(f"{file} drops {other}", file=sys.stderr)
     return rows
 
 
@@ -147,6 +150,8 @@ def keep(file: Path, training: Training, row: Row, planned: Planned, replace: bo
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f".{file.name}.lock")):
         rows = check_rows(file, planned, replace)
+        for other in read_rows(file, planned)[1]:
+            print(f"{file} drops {other}", file=sys.stderr)
         rows.setdefault(training.key, {})[training.seed] = row
         try:
             record = record_of(file.stem, training.experiment, rows, training.extra)

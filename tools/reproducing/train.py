@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 
 from reproducing.experiments import RECIPE, Experiment
-from reproducing.files import read_json
+from reproducing.files import read_json, write
+from reproducing.origin import CHECKOUT, origin
 from stl_lightning.errors import ConfigError
 from stl_lightning.exits import INTERRUPTED
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 STL = (sys.executable, "-m", "stl_lightning")
 PRECISION, MIXED = "--trainer.precision=", "bf16-mixed"
 
@@ -114,12 +114,28 @@ class Training:
 
     def carry_out(self) -> int:
         """Train what is not there yet, from where an earlier call was interrupted; 0, or the code of what failed."""
+        if not (self.folder / "branches").exists():
+            self.root.mkdir(parents=True, exist_ok=True)
+            write(self._origin, json.dumps(origin()))
         for command in self.commands():
             precision = [arg for arg in command if arg.startswith(PRECISION)][-1:]
             print(" ".join([f"== {self.name}: stl {command[0]}", *precision]), flush=True)
             if code := call([*STL, *command]):
                 return code
         return 0
+
+    @property
+    def _origin(self) -> Path:
+        return self.root / f"{self.name}{'-baseline' if self.only_baseline else ''}.origin.json"
+
+    def origin(self) -> dict[str, Any]:
+        """On which machine it was begun, with which commit; None for each if that is not known."""
+        return read_json(self._origin) if self._origin.exists() else {"machine": None, "commit": None}
+
+    def missing(self) -> dict[int, str]:
+        """The branches that are not in the ensemble it was scored with, and why not."""
+        results = self.results()
+        return {k: results["left_out"].get(str(k), "it has not begun") for k in results["missing"]}
 
     def stacked(self) -> dict[str, Any]:
         """The results of a conventional network with stacking: the affine correction of outputs that an ensemble gets.
