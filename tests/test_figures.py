@@ -83,7 +83,7 @@ def material(case: str) -> Material:
         "traffic": {"bytes_sent": 1_234_567 if n_missing else 0},
         "disagreement": disagreement(torch.from_numpy(np.stack([x[-1] for x in of_members]))).tolist(),
         "by_members": [
-            {"n": i + 1, "weighting": "simplex", "test": scores(0.9 + 0.05 * i / len(members))}
+            {"n": i + 1, "weighting": "simplex", "test": scores(0.9 + 0.05 * (i + 1) / len(members))}
             for i in range(len(members))
         ],
         "lost": {"worst": [{"k": k, "test": scores(0.9 - 0.4 * k / len(members))} for k in range(1, len(members))]},
@@ -160,6 +160,44 @@ def test_figures_are_the_same_each_time_and_those_without_data_are_removed(tmp_p
     assert "stl ensemble" in reasons["members"]
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert after == {name: content for name, content in before.items() if name.split(".")[0] not in reasons}
+
+
+def test_plotted_numbers_are_those_of_the_run() -> None:
+    """Read from the figures: in percent, at their epoch or number of branches, each under its name."""
+    run = material("digits")
+
+    def lines(name: str, panel: int = 0) -> dict[str, tuple[list[float], list[float]]]:
+        drawn = make(name, run).axes[panel].get_lines()
+        return {str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in drawn}
+
+    of_members = lines("members")
+    best = of_members["the best n by validation accuracy, simplex weights fitted anew"]
+    assert best == ([1, 2, 3, 4], pytest.approx([91.25, 92.5, 93.75, 95]))
+    assert of_members["the ensemble, the heaviest lost first"] == ([4, 3, 2, 1], pytest.approx([95, 80, 70, 60]))
+    assert of_members["best branch"][1] == pytest.approx([90, 90])
+    assert of_members["baseline"][1] == pytest.approx([96, 96])
+
+    losses = lines("fig3-loss")
+    for label, columns in {**{f"branch {b}": run.epochs[b] for b in range(4)}, "baseline": run.baseline_epochs}.items():
+        assert losses[label] == ([epoch + 1 for epoch in columns["epoch"]], columns["val/loss"])
+
+    assert run.logits is not None
+    assert run.labels is not None
+    assert run.baseline_logits is not None
+    curves = ensemble_curves(run.logits, run.labels) | {"baseline": single_curve(run.baseline_logits, run.labels)}
+    of_loss, of_accuracy = lines("fig4-ensemble"), lines("fig4-ensemble", panel=1)
+    for (name, curve), accuracy in zip(curves.items(), of_accuracy.values(), strict=True):
+        epochs = [epoch + 1 for epoch in curve.epochs]
+        assert of_loss[name] == (epochs, curve.nll)
+        assert accuracy == (epochs, pytest.approx([100 * value for value in curve.accuracy]))
+
+    weights, energies = ([bar.get_height() for bar in axis.patches] for axis in make("weights", run).axes)
+    assert weights == [row["weight"] for row in run.rows]
+    assert energies == pytest.approx([100 * share for share in run.sample.energies])
+    (shown,) = make("disagreement", run).axes[0].images
+    expected = 100 * np.array(run.results["disagreement"])
+    np.fill_diagonal(expected, np.nan)
+    np.testing.assert_allclose(shown.get_array().filled(np.nan), expected)
 
 
 def random_members(n_epochs: tuple[int, ...] = (3, 3, 2)) -> tuple[list[np.ndarray], Tensor]:

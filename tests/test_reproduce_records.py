@@ -1,8 +1,9 @@
 """The JSON of `tools/reproduce`: put together from seeds and taken apart again, and the tables that follow from it."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from itertools import repeat, takewhile
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -96,6 +97,67 @@ def test_a_row_of_the_table_is_that_of_its_json(name: str) -> None:
         of = record[column]["values"]
         expected = "-" if not of else f"{fmean(of):.2f} ± {stdev(of):.2f}" if len(of) > 1 else f"{of[0]:.2f}"
         assert cell == expected + ("" if len(of) in (0, int(n)) else f" (n = {len(of)})")
+
+
+def block(name: str) -> list[str]:
+    """The lines of a table of the README that is written from the JSON files."""
+    readme_text = (CHECKOUT / "README.md").read_text()
+    return readme_text.split(f"<!-- {name} -->\n")[1].split(f"<!-- end of {name} -->")[0].splitlines()
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def shown(values: list[Any]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{fmean(known):.2f}" + (f" ± {stdev(known):.2f}" if len(known) > 1 else "")
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_rows_beside_a_recipe_are_those_of_its_json(name: str) -> None:
+    """As above, for each control: accuracies, error of calibration, multiply-adds and bytes, in their columns."""
+    record, lines = RECORDS[name], block("variants")
+    head, _, *rest = lines[lines.index(f"**{record['title']}**") + 2 :]
+    found = {}
+    for title, *told in (cells(line) for line in takewhile(bool, rest)):
+        title = re.sub(r"^the recipe in fewer epochs: |, (bf16-mixed|32-true)\b.*", "", title)
+        found[title] = dict(zip(cells(head)[1:], told, strict=True))
+    rows = {"the recipe": record} | {row["title"]: row for row in record["variants"].values()}
+    for title, row in rows.items():
+        told = found[title]
+        part, reader = ("all_branches", "branch") if "ensemble" in row else ("baseline", "baseline")
+        assert told["multiply-adds of all"] == f"{row['costs'][part]['multiply_adds']:,}"
+        assert told["training bytes a branch and epoch"] == f"{row['costs'][reader]['bytes_read_epoch']:,}"
+        columns = (
+            {"Mean": "mean", "Highest": "highest", "Ens.": "ensemble"} if "ensemble" in row else {"Ens.": "baseline"}
+        )
+        for column, key in columns.items():
+            assert told[column].partition(" (n")[0] == shown(row[key]["values"])
+        if "ensemble" in row:
+            assert told["ECE"] == f"{fmean(v for v in row['ece']['values'] if v is not None):.4f}"
+            simplex = row["weightings"]["simplex"]["accuracy"]["values"]
+            assert told["Ens., simplex"].partition(" (n")[0] == shown(simplex)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_weightings_and_lost_branches_are_those_of_the_json(name: str) -> None:
+    record = RECORDS[name]
+    head, _, *lines = block("weightings")
+    for weighting, *accuracies in (cells(line) for line in lines if line):
+        told = accuracies[cells(head).index(record["title"]) - 1]
+        values = record["weightings"][weighting]["accuracy"]["values"]
+        assert told == ("" if None in values else shown(values))
+    found = [cells(line) for line in block("lost") if line]
+    begin = [row[0] for row in found].index(record["title"])
+    rows = [found[begin], *takewhile(lambda row: not row[0], found[begin + 1 :])]
+    of_one = [fmean(row["accuracy"]["values"]) for row in record["lost"]["leave_one_out"].values()]
+    assert [row[1:3] for row in rows[:2]] == [
+        ["none", shown(record["ensemble"]["values"])], ["any one", f"{min(of_one):.2f} to {max(of_one):.2f}"]
+    ]  # fmt: skip
+    for _, lost, accuracy, ece in rows[2:]:
+        left = record["lost"]["worst"][lost.split()[1]]
+        assert (accuracy, ece) == (shown(left["accuracy"]["values"]), f"{fmean(left['ece']['values']):.4f}")
 
 
 def test_the_standard_error_is_that_of_a_binomial() -> None:
