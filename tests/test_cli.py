@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,6 +250,14 @@ class Few(Tiny):
     def __init__(self, in_shape, n_classes):
         super().__init__(in_shape, 2)
 """
+OTHER_DEFAULTS = """
+import torch
+
+class Peppered(torch.nn.Module):
+    def __init__(self, in_shape, n_classes, width=8, depth: int = 3, pepper: float = 0.5):
+        super().__init__()
+        raise TypeError("no pepper")
+"""
 NETWORKS = {
     "Tiny": (0, ""),
     "Short": (2, "network(in_shape, n_classes)"),
@@ -277,6 +286,32 @@ def test_a_network_of_ones_own(name: str, tmp_path: Path, capfd: Capture, monkey
         sys.path.remove(str(tmp_path))
         with pytest.raises(ConfigError, match="no module own_network in the folder that this is called from"):
             load_ensemble(tmp_path / "digits")
+
+
+def test_a_class_has_its_own_defaults_and_not_those_of_the_default_class(
+    tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLP has a width and a depth too, Adam a weight decay of 0; only what a config says of another class stays."""
+    (tmp_path / "own_defaults.py").write_text(OTHER_DEFAULTS)
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "own.yaml"
+    adamw = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.5}}
+    config.write_text(yaml.safe_dump({"model": {"network": "own_defaults.Peppered", "optimizer": adamw}}))
+
+    def options(*args: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        with pytest.raises(SystemExit):
+            main(["fit", *args, "--print_config"])
+        model = yaml.safe_load(capfd.readouterr().out)["model"]
+        return model["network"]["init_args"], model["optimizer"]["init_args"]
+
+    asked = ["--model.network=own_defaults.Peppered", "--model.optimizer=torch.optim.AdamW"]
+    for args in (["--config", str(config)], asked, ["--config", DIGITS, *asked]):
+        network, optimizer = options(*args)
+        written = {"width": 64} if DIGITS in args else {}
+        assert network == {"width": 8, "depth": 3, "pepper": 0.5} | written
+        assert optimizer["weight_decay"] == 0.01
+    assert main(["fit", "--config", str(config), "--trainer.max_epochs=1", f"--run.root={tmp_path}"]) == 2
+    assert "here network((1, 4, 4), 10, width=8, depth=3, pepper=0.5); it answered: no pepper" in capfd.readouterr().err
 
 
 def test_a_module_that_nobody_has_imported_is_meant_too(

@@ -32,7 +32,7 @@ def weighting_rows(ensembles: Iterable[FittedEnsemble], val: Outputs, test: Outp
 
 
 def lost_rows(ensemble: FittedEnsemble, test: Outputs) -> dict[str, list[Row]]:
-    """What is left when members are lost after the fit: each one alone, and the k that weigh most (the worst case).
+    """What is left when members are lost after the fit: each one alone, and the k that weigh most.
 
     The others share the weights of the lost, as `FittedEnsemble.subset` says.
     """

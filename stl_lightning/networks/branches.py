@@ -37,7 +37,8 @@ class BranchNetworks:
                     raise
                 raise ConfigError(f"{setting}: {error}") from error
             except TypeError as error:
-                call = ", ".join([str(in_shape), str(n_classes), *(f"{key}={options[key]!r}" for key in options)])
+                given = {**getattr(self.factory, "keywords", {}), **options}  # by settings, the factory is a partial
+                call = ", ".join([str(in_shape), str(n_classes), *(f"{key}={given[key]!r}" for key in given)])
                 raise ConfigError(
                     f"{setting}: expected a class that is called as network(in_shape, n_classes), "
                     f"here network({call}); it answered: {error}"

@@ -19,7 +19,7 @@ from stl_lightning.tracking import read_epoch_logits
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """An image of the validation split, its slices, their frequencies and the share of the energy that each holds.
+    """An image of the validation split, its slices and their frequencies; the energy of each slice in many such images.
 
     Shapes: image (c, h, w) in [0, 1]; slices (c_k, h, w) each; energies (b,) of sum 1.
     """

@@ -31,7 +31,8 @@ def draw_slices(figure: "Figure", material: Material) -> None:
         u, v = sample.frequencies[k]
         title = f"{k}: ({u}, {v})\n{share_text(sample.energies[k])}"
         axes[row][column].set_title(title, fontsize=8, loc="center")
-    right.supxlabel(f"slices of {pixels(sample.slices[0].shape)} with (u, v) and their share of the energy", fontsize=9)
+    text = f"slices of {pixels(sample.slices[0].shape)} with (u, v) and their share of the energy of validation images"
+    right.supxlabel(text, fontsize=9)
 
 
 def grid(sample: Sample) -> tuple[int, int]:

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-ERRORS = (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70)  # percent, at the axis
+# Percent, at the axis: the finer ones where they are few.
+FINE = (*(i / 10 for i in range(2, 10)), *range(1, 10), *range(10, 20, 2), *range(20, 100, 5))
+COARSE = (0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70)
+MOST_FINE = 8
 LINES = {"ensemble": ("ensemble", GREEN), "highest": ("highest branch", BLUE), "mean": ("mean branch", ORANGE)}
 
 
@@ -80,12 +83,14 @@ def make(record: Row, experiment: Experiment) -> "Figure | None":
             axis.axhline(100 - baseline["mean"], label="conventional network", **BASELINE)
         axis.set_yscale("log")
         low, high = axis.get_ylim()
-        axis.set_yticks([tick for tick in ERRORS if low <= tick <= high], minor=False)
+        fine, coarse = ([tick for tick in ticks if low <= tick <= high] for ticks in (FINE, COARSE))
+        axis.set_yticks(fine if len(fine) <= MOST_FINE else coarse, minor=False)
         axis.set_yticks([], minor=True)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xticks(places, [tick(r, row) for r, row in rows.items()])
-        axis.set(ylabel="test error, %", xlabel="slices a branch reads; training bytes it reads an epoch; "
-                 "multiply-adds of all branches", title=record["title"] + epochs)  # fmt: skip
+        axis.set_ylabel("test error, % (logarithmic)")
+        axis.set_xlabel("slices a branch reads; training bytes it reads an epoch; multiply-adds of all branches")
+        axis.set_title(record["title"] + epochs)
         axis.legend()
     return figure
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from reproducing.experiments import COLUMNS, EXPERIMENTS, N_TEST, PARTS
+from reproducing.experiments import COLUMNS, EXPERIMENTS, N_TEST, PARTS, RECIPE
 from reproducing.files import read_record
 
 Row = Mapping[str, Any]
@@ -42,7 +42,10 @@ def results(records: Mapping[str, Row]) -> str:
     )
     rows_of_all = [row for record in records.values() for row in (record, *record["variants"].values())]
     machines = dict.fromkeys(text for row in rows_of_all for text in row["machine"]["values"] if text)
-    last = f"Trained on {'; '.join(machines)}; machines shared with other work, so times are rough."
+    last = (
+        f"Trained on {'; '.join(machines)}; machines shared with other work, where the same took up to several times "
+        "as long: these times compare nothing."
+    )
     made = [how_made(name, record) for name, record in records.items()]
     return "\n".join([first, "", *table(head, rows), "", *table(MADE, made), "", last, ""])
 
@@ -131,22 +134,23 @@ def variants(records: Mapping[str, Row]) -> str:
     """Each experiment beside its controls: the same code, with some settings changed."""
     first = (
         "Ens. has the weighting that was chosen on the validation split, Ens., simplex one number a branch: minimum "
-        "NLL there over non-negative weights of sum 1. (n = 2) beside a number: so many seeds have it."
+        "NLL there over non-negative weights of sum 1. (n = 2) beside a number: so many seeds have it. row: what "
+        "`tools/reproduce --rows` calls it."
     )
-    head = ["", "n", "Mean", "Highest", "Ens.", "Ens., simplex", "ECE"]
+    head = ["", "row", "n", "Mean", "Highest", "Ens.", "Ens., simplex", "ECE"]
     head += ["multiply-adds of all", "training bytes a branch and epoch"]
     lines = [first, ""]
     for record in records.values():
-        rows = [variant_row("the recipe", record)] if record["seeds"] else []
+        rows = [variant_row("the recipe", RECIPE, record)] if record["seeds"] else []
         for key, row in record["variants"].items():
             precision = f", {precisions(row)}" if record["seeds"] and differ(row, record) else ""
             # Of the curve over the slices that a branch reads, the recipe where the curve is of fewer epochs.
             is_recipe = record["seeds"] and key == f"reads-{record['slices_per_branch']}"
             title = ("the recipe in fewer epochs: " if is_recipe else "") + row["title"]
-            rows.append(variant_row(title + precision, row))
+            rows.append(variant_row(title + precision, key, row))
             if "stacked" in row:
                 corrected = row | {"baseline": row["stacked"]}
-                rows.append(variant_row(f"the same, with stacking on its outputs{precision}", corrected))
+                rows.append(variant_row(f"the same, with stacking on its outputs{precision}", "", corrected))
         lines += [f"**{record['title']}**", "", *table(head, rows), ""]
     return "\n".join(lines)
 
@@ -162,18 +166,18 @@ def differ(row: Row, other: Row) -> bool:
     return len({*row["precision"]["values"], *other["precision"]["values"]}) > 1
 
 
-def variant_row(title: str, row: Row) -> list[str]:
+def variant_row(title: str, key: str, row: Row) -> list[str]:
     """Of branches, or of a network on the whole image, whose own multiply-adds and bytes are in the last columns."""
-    sizes = row["costs"]
+    sizes, names = row["costs"], [title, f"`{key}`" if key else ""]
     if "ensemble" not in row:
         cost = cost_cells(sizes["baseline"], sizes["baseline"])
-        return [title, str(row["baseline"]["n"]), "", "", percent(row["baseline"]), "", "", *cost]
+        return [*names, str(row["baseline"]["n"]), "", "", percent(row["baseline"]), "", "", *cost]
     n = row["ensemble"]["n"]
     accuracies = [percent_of(n, row[column]) for column in ("mean", "highest", "ensemble")]
     simplex = row["weightings"].get("simplex")
     accuracies.append(percent_of(n, simplex["accuracy"]) if simplex else "")
     cost = cost_cells(sizes["all_branches"], sizes["branch"])
-    return [title, str(n), *accuracies, f"{row['ece']['mean']:.4f}", *cost]
+    return [*names, str(n), *accuracies, f"{row['ece']['mean']:.4f}", *cost]
 
 
 def cost_cells(computes: Row, reads: Row) -> list[str]:
