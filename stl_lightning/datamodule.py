@@ -289,9 +289,13 @@ class SpectralDataModule(LightningDataModule):
         """Shape and type of what a branch reads of a training image: its slices, as stored, or all pixels, of 8 bits.
 
         Without a store its slices are taken as float32, as `stl prepare` would store them; and all pixels where the
-        augmentation moves something between slices, so that no store would do.
+        augmentation takes more than slices, so that no store would do.
+
+        Raises: ConfigError if there is a store all the same.
         """
         if self.store is not None:
+            if self.augment is not None:
+                SliceAugment(self.augment, self.spectral, self.reads)
             return self.in_shape, self.store.dtype
         if self.augment is None or can_augment_slices(self.augment, self.spectral):
             return self.in_shape, "float32"

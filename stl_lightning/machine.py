@@ -1,4 +1,7 @@
-"""What this process may use of its machine: cores and memory, where a scheduler grants less than all."""
+"""What this process may use of its machine, if not all: cores by affinity, memory by control groups.
+
+Not seen are shares of the time of all cores (the quota of `docker --cpus`): torch does not see them either.
+"""
 
 import math
 import os
@@ -61,4 +64,4 @@ def _of_group(folder: Path, limit: str, used: str, cached: str) -> float:
         statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except OSError:
         return math.inf
-    return math.inf if n_limit == "max" else int(n_limit) - n_used + int(statistics[cached])
+    return math.inf if n_limit == "max" else int(n_limit) - n_used + int(statistics.get(cached, 0))

@@ -310,8 +310,41 @@ def test_a_class_has_its_own_defaults_and_not_those_of_the_default_class(
         written = {"width": 64} if DIGITS in args else {}
         assert network == {"width": 8, "depth": 3, "pepper": 0.5} | written
         assert optimizer["weight_decay"] == 0.01
+
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.5", "--print_config=skip_default"])
+    short = yaml.safe_load(capfd.readouterr().out)
+    assert short["model"].keys() == {"optimizer"}
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(short))
+    _, optimizer = options("--config", str(tmp_path / "short.yaml"))
+    assert (optimizer["lr"], optimizer["weight_decay"]) == (0.5, 0.01)
+
     assert main(["fit", "--config", str(config), "--trainer.max_epochs=1", f"--run.root={tmp_path}"]) == 2
     assert "here network((1, 4, 4), 10, width=8, depth=3, pepper=0.5); it answered: no pepper" in capfd.readouterr().err
+
+
+FUNCTION = """
+from torch import nn
+
+def linear(in_shape, n_classes) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_shape[0] * in_shape[1] * in_shape[2], n_classes))
+"""
+
+
+def test_a_network_may_be_a_function_and_a_config_a_pipe(
+    tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_function.py").write_text(FUNCTION)
+    monkeypatch.chdir(tmp_path)
+    settings = {"model": {"network": "own_function.linear"}, "trainer": {"max_epochs": 1, "accelerator": "cpu"}}
+    reader, writer = os.pipe()
+    os.write(writer, yaml.safe_dump(settings).encode())
+    os.close(writer)
+    assert main(["fit", f"--config=/dev/fd/{reader}", "--run.branches=[1]", "--run.root=runs"]) == 0
+    os.close(reader)
+    (tmp_path / "null.yaml").write_text("{model: {network: null}, trainer: {max_epochs: 1}}")
+    assert main(["fit", "--config=null.yaml", "--run.root=other"]) == 2
+    assert "model.network: expected a class" in capfd.readouterr().err
 
 
 def test_a_module_that_nobody_has_imported_is_meant_too(

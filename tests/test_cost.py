@@ -201,12 +201,15 @@ def test_a_branch_reads_all_pixels_where_the_augmentation_moves_them_between_sli
     assert (counted["stored_as"], counted["ratios"]["branch"]["bytes_read"]) == ("uint8", 1)
     assert main(["cost", "--config", DIGITS, crop]) == 0
     assert "a branch reads all pixels" in capsys.readouterr().out
+    assert main(["cost", "--config", DIGITS]) == 0
+    assert "without data.store, as here, a process makes its slices of all pixels" in capsys.readouterr().out
     aligned = [crop, "--data.augment.aligned=true"]
     assert stl_cost(capsys, "--config", DIGITS, *aligned)["stored_as"] == "float32"
     assert main(["prepare", "--config", DIGITS, store, "--dtype=int8"]) == 0
     assert stl_cost(capsys, "--config", DIGITS, *aligned, store)["ratios"]["branch"]["bytes_read"] == 1 / 4
-    assert main(["fit", "--config", DIGITS, store, crop, f"--run.root={tmp_path}"]) == REFUSED
-    assert "data.augment.aligned" in capsys.readouterr().err
+    for command in (["fit", f"--run.root={tmp_path}"], ["cost"]):
+        assert main([*command, "--config", DIGITS, store, crop]) == REFUSED
+        assert "data.augment.aligned" in capsys.readouterr().err
 
 
 def test_steps_are_the_limit_where_they_end_first(capsys: pytest.CaptureFixture[str]) -> None:

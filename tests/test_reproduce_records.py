@@ -129,8 +129,8 @@ def test_the_rows_beside_a_recipe_are_those_of_its_json(name: str) -> None:
         columns = (
             {"Mean": "mean", "Highest": "highest", "Ens.": "ensemble"} if "ensemble" in row else {"Ens.": "baseline"}
         )
-        for column, key in columns.items():
-            assert told[column].partition(" (n")[0] == shown(row[key]["values"])
+        for column, name_in_json in columns.items():
+            assert told[column].partition(" (n")[0] == shown(row[name_in_json]["values"])
         if "ensemble" in row:
             assert told["ECE"] == f"{fmean(v for v in row['ece']['values'] if v is not None):.4f}"
             simplex = row["weightings"]["simplex"]["accuracy"]["values"]
@@ -213,7 +213,7 @@ def test_seeds_of_two_precisions_are_not_compared() -> None:
     assert "baseline" not in readme.goal(record)
 
 
-@pytest.mark.parametrize("column", ["precision", "chosen"])
+@pytest.mark.parametrize("column", ["precision", "chosen", "weight_bytes"])
 def test_rows_of_an_older_version_are_refused_before_any_training(column: str, tmp_path: Path) -> None:
     planned, file = _planned(), tmp_path / "digits.json"
     _keep(file, "recipe", 0, 90.0)
@@ -253,6 +253,8 @@ def test_the_curve_is_of_trainings_of_one_length() -> None:
     assert curve.conventional(record, SHORT) == "short"
     record["variants"] |= {"aligned-4": {"name": "few bytes"}}
     assert {r: row["name"] for r, row in curve.points(record, SHORT).items()} == {1: "own", 4: "few bytes"}
+    record["variants"] |= {"reads-1": {"name": "1"}, "reads-3": {"name": "3"}}
+    assert {r: row["name"] for r, row in curve.points(record, SHORT).items()} == {1: "1", 2: "2", 3: "3", 4: "4"}
 
 
 def test_the_curve_is_drawn_from_the_json(tmp_path: Path) -> None:
@@ -274,6 +276,10 @@ def test_the_curve_is_drawn_from_the_json(tmp_path: Path) -> None:
     assert bars == {"mean branch": [10, 4.5], "highest branch": [9, 3.5], "ensemble": [8, 2.5]}
     assert errors["conventional network"] == [7, 7]
     assert [label.get_text() for label in axis.get_xticklabels()] == [f"{r}\n2 MB\n3.0 M" for r in (1, 2)]
+    record["variants"] |= {"aligned-1": row, "aligned-4": row | more}
+    figure = curve.make(record, SHORT)
+    assert figure is not None
+    assert figure.axes[0].get_title(loc="left") == "Somewhere, crops by whole blocks"
 
 
 def test_the_seeds_of_a_row_are_counted_where_they_differ() -> None:
@@ -338,7 +344,7 @@ def _planned(*settings: str) -> Planned:
 
 def _row(training: Training, value: float) -> dict[str, Any]:
     accuracy = {"baseline": value} if training.only_baseline else {"ensemble": value, "chosen": "uniform on prob"}
-    return {"trained": training.trained(), "precision": "32-true", **accuracy}
+    return {"trained": training.trained(), "precision": "32-true", "weight_bytes": {"baseline": 4}, **accuracy}
 
 
 def _keep(file: Path, key: str, seed: int, value: float) -> None:

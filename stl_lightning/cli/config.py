@@ -35,21 +35,17 @@ PASSED_ON = (
 )  # fmt: skip
 
 
-OF_CLASSES = ("model.network", "model.optimizer")  # settings with a class as their default
-
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<=", 2**32 - 1)])  # what NumPy takes
 
 
 class SpectralCLI(LightningCLI):
     """Parses a config and builds the job of any of its branches. Nothing is instantiated before it is asked for.
 
-    kept: Whether the config is one that a run keeps, which names every setting. Then what cannot be parsed is an
-        ArgumentError; of any other it ends the process, as in any command.
+    What cannot be parsed ends the process, as in any command; with `exits` false, it is an ArgumentError.
     """
 
-    def __init__(self, args: list[str], command: str, description: str = "", kept: bool = False) -> None:
+    def __init__(self, args: list[str], command: str, description: str = "", exits: bool = True) -> None:
         self._data: SpectralDataModule | None = None
-        self._kept = kept
         quiet()
         # Classes of the user's own lie in the folder that this is called from. Not "", which Python has there for some
         # callers: a config is read from within its own folder.
@@ -66,7 +62,7 @@ class SpectralCLI(LightningCLI):
                 "usage": f"stl {command} [--config FILE.yaml] [--key.subkey VALUE ...]",
                 "description": description,
                 "allow_abbrev": False,  # a misspelt setting must not be taken for another
-                "exit_on_error": not kept,
+                "exit_on_error": exits,
             },
             args=args,
             run=False,
@@ -92,8 +88,6 @@ class SpectralCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        if not self._kept:
-            parser.set_defaults(_chosen_classes(parser, args))
         self.config = parser.parse_args(args)
         if self.config.model.network_of is not None:
             # YAML reads a single branch as a number; kept configs are compared key by key.
@@ -208,18 +202,6 @@ class SpectralCLI(LightningCLI):
             self._data = other.data
 
 
-def _chosen_classes(parser: LightningArgumentParser, args: Sequence[str]) -> dict[str, Any]:
-    """The classes that settings name in place of a default, as new defaults.
-
-    Another class would have the options of the default one where it has any of that name, not its own defaults: AdamW
-    the weight decay 0 of Adam (https://github.com/mauvilsa/jsonargparse/issues/460).
-    """
-    config = parser.parse_args([arg for arg in args if not arg.startswith("--print_config")])
-    chosen = {key: config[key].class_path for key in OF_CLASSES}
-    defaults = parser.get_defaults()
-    return {key: {"class_path": path} for key, path in chosen.items() if path != defaults[key].class_path}
-
-
 def _with_list(trainer: dict[str, Any]) -> dict[str, Any]:
     """The settings with a single callback, which Lightning takes too, as a list of one."""
     callbacks = trainer.get("callbacks") or []
@@ -246,7 +228,7 @@ def kept_cli(paths: RunPaths, branch: int, overrides: Sequence[str] = ()) -> Spe
 def _parsed(args: list[str], prefix: str = "") -> SpectralCLI:
     """For a caller from Python, whom an error must not end. Raises: ConfigError, whose text begins with `prefix`."""
     try:
-        return SpectralCLI(args, "ensemble", kept=True)
+        return SpectralCLI(args, "ensemble", exits=False)
     except (ArgumentError, UnicodeDecodeError) as error:
         raise ConfigError(f"{prefix}{error}") from error
 

@@ -102,6 +102,7 @@ def _of_branch(job: "BranchJob", n_images: int, paths: BranchPaths | None) -> "T
     network = job.built_module().network
     assert network is not None, "it was built"
     rows = [row for k in data.reads[0] for row in spectral.rows(k)]
+    read_shape, stored_as = data.reads_of_image()
     return Training(
         network,
         data.in_shape,
@@ -109,10 +110,14 @@ def _of_branch(job: "BranchJob", n_images: int, paths: BranchPaths | None) -> "T
         n_images,
         _epochs(job.trainer_settings, n_images, data.batch_size, paths, job.branch),
         data.batch_size,
-        *data.reads_of_image(),
-        slice_multiply_adds(spectral.matrix[rows], (spectral.image_shape[0], *data.in_shape[1:])),
-        str(job.trainer_settings.get("precision") or "32-true"),
-        paths,
+        read_shape,
+        stored_as,
+        has_store=data.store is not None,
+        transform_multiply_adds=slice_multiply_adds(
+            spectral.matrix[rows], (spectral.image_shape[0], *data.in_shape[1:])
+        ),
+        precision=str(job.trainer_settings.get("precision") or "32-true"),
+        paths=paths,
     )
 
 

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pkgutil import iter_modules
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 # What jsonargparse says of settings that it does not know: on the command line, and in a file.
@@ -20,6 +21,27 @@ NO_LIST = re.compile(r"Subtypes: \[list\[int\].*Given value: (-?\d+(?:[, ]+-?\d+
 
 
 class SettingsParser(LightningArgumentParser):
+    _begins = False  # to parse settings, for which it is about to ask for the defaults
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        self._begins = True
+        return super().parse_args(*args, **kwargs)
+
+    def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
+        """Settings that are parsed begin with the name alone of a class that is a default, without its options.
+
+        A class that takes its place would have those that it has too, and not its own defaults: AdamW the weight decay
+        0 of Adam (https://github.com/mauvilsa/jsonargparse/issues/460). The options of whichever class it is in the end
+        are added then.
+        """
+        found = super().get_defaults(*args, **kwargs)
+        if self._begins:
+            for key, value in found.items(branches=True):
+                if isinstance(value, Namespace) and vars(value).keys() == {"class_path", "init_args"}:
+                    del found[f"{key}.init_args"]
+        self._begins = False
+        return found
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
         hints = [*suggestions(message, known), *cures(message)]

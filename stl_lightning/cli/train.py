@@ -53,7 +53,10 @@ def baseline(args: list[str]) -> int:
     if paths.run_json.exists():
         check_same_images(open_run(paths), cli.data.agreement())
     claimed = claim_run(paths.baseline, cli.data.agreement())
-    return exit_code(train_all([cli.job(claimed, 0, "baseline")]))
+    code = exit_code(train_all([cli.job(claimed, 0, "baseline")]))
+    if paths.results.exists():
+        print(f"`stl ensemble {paths.folder}` adds the baseline to the tables of that run", flush=True)
+    return code
 
 
 def train_all(jobs: Sequence[BranchJob]) -> int:

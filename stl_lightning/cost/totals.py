@@ -32,6 +32,7 @@ class Training:
     batch_size: int
     read_shape: Shape  # of what it reads of an image: in_shape, or the image's, if it makes its slices itself
     stored_as: str  # type of the numbers it reads: of a slice store, or uint8 for images
+    has_store: bool = False  # or reads what a store would have
     transform_multiply_adds: int = 0  # to make of an image what the network reads
     precision: str = "32-true"  # as `trainer.precision`
     paths: BranchPaths | None = None  # what it left, once it was trained
@@ -42,7 +43,7 @@ def costs(branches: Mapping[int, Training], baseline: Training) -> dict[str, Any
 
     Returns, as JSON can hold it: `branches` (rows), `all_branches` and `baseline` with equal keys, of which those that
     were not measured are None; `ratios` of the costliest branch and of all branches to the baseline, by key; and the
-    `batch_size`, `precision` and `stored_as` of the first branch.
+    `batch_size`, `precision`, `stored_as` and `has_store` of the first branch.
     """
     first = next(iter(branches.values()))
     rows = {branch: _planned(training) for branch, training in branches.items()}
@@ -60,7 +61,7 @@ def costs(branches: Mapping[int, Training], baseline: Training) -> dict[str, Any
             "branch": _ratios({key: _most([row[key] for row in of_branches]) for key in total}, of_baseline),
             "all_branches": _ratios(total, of_baseline),
         },
-        **{name: getattr(first, name) for name in ("batch_size", "precision", "stored_as")},
+        **{name: getattr(first, name) for name in ("batch_size", "precision", "stored_as", "has_store")},
     }
 
 

@@ -108,7 +108,7 @@ def remarks(costs: Mapping[str, Any]) -> list[str]:
         "for all branches",
         f"activations: what a training batch of {costs['batch_size']} ({costs['precision']}) keeps for the backward "
         "pass; all: if all branches train at the same time",
-        f"data: {_read(costs['stored_as'])}; one : base: the costliest branch",
+        f"data: {_read(costs['stored_as'], costs['has_store'])}; one : base: the costliest branch",
     ]
     if costs["all_branches"]["wall_s"] is not None:
         lines.append(
@@ -118,13 +118,15 @@ def remarks(costs: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _read(stored_as: str) -> str:
+def _read(stored_as: str, has_store: bool) -> str:
     if stored_as == "uint8":
         return (
-            "a branch reads all pixels, of 8 bits, as the baseline does: data.augment moves them between slices, so no "
-            "slice store would do (data.augment.aligned, without resized_crop, keeps them in)"
+            "a branch reads all pixels, of 8 bits, as the baseline does: for data.augment its slices are not enough, "
+            "so no slice store would do (`stl fit` with data.store says why)"
         )
-    return f"a branch reads its slices, as {stored_as} from a slice store, the baseline pixels of 8 bits"
+    where = "a slice store" if has_store else "the slice store that `stl prepare` would write"
+    without = "" if has_store else "; without data.store, as here, a process makes its slices of all pixels"
+    return f"a branch reads its slices, as {stored_as} from {where}, the baseline pixels of 8 bits{without}"
 
 
 def _above(ratios: Mapping[str, float | None]) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,9 @@ def points(record: Row, experiment: Experiment) -> dict[int, Row]:
 
 
 def family(record: Row) -> str:
-    """The variants that the curve is of: `aligned-R`, which read no more than R slices, or else `reads-R`."""
-    return "aligned" if sum(key.startswith("aligned-") for key in record["variants"]) > 1 else "reads"
+    """The variants that the curve is of: `aligned-R`, which need no image, if there are as many as `reads-R`."""
+    counts = Counter(key.partition("-")[0] for key in record["variants"])
+    return "aligned" if counts["aligned"] > 1 and counts["aligned"] >= counts["reads"] else "reads"
 
 
 def conventional(record: Row, experiment: Experiment) -> Row:
@@ -66,8 +68,9 @@ def make(record: Row, experiment: Experiment) -> "Figure | None":
     rows = points(record, experiment)
     if len(rows) < 2:
         return None
-    shorter = experiment.rows.get(f"reads-{record['slices_per_branch']}")
-    epochs = shorter.note if shorter else ""
+    name = family(record)
+    drawn = experiment.rows.get(f"{name}-{record['slices_per_branch']}")
+    note = (", crops by whole blocks" if name == "aligned" else "") + (drawn.note if drawn else "")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4), layout="constrained", dpi=DPI)
         axis = figure.subplots()
@@ -90,7 +93,7 @@ def make(record: Row, experiment: Experiment) -> "Figure | None":
         axis.set_xticks(places, [tick(r, row) for r, row in rows.items()])
         axis.set_ylabel("test error, % (logarithmic)")
         axis.set_xlabel("slices a branch reads; training bytes it reads an epoch; multiply-adds of all branches")
-        axis.set_title(record["title"] + epochs)
+        axis.set_title(record["title"] + note)
         axis.legend()
     return figure
 

@@ -94,7 +94,10 @@ def reads(n_seeds: int, *numbers: int, also: Settings = (), note: str = "") -> d
 
 
 def aligned(n_seeds: int, crop_pad: int, *numbers: int, also: Settings = (), note: str = "") -> dict[str, Variant]:
-    """The same with crops by whole blocks, which a branch can make of its slices alone: accuracy against storage."""
+    """The same with crops by whole blocks, which a branch can make of its slices alone: accuracy against storage.
+
+    crop_pad: at most so many pixels, a multiple of the block; so it may be more than the recipe's.
+    """
     crops: Settings = ("--data.augment.aligned=true", f"--data.augment.crop_pad={crop_pad}")
     return {
         f"aligned-{r}": Variant(

@@ -123,8 +123,9 @@ def read_rows(file: Path, planned: Planned) -> tuple[Rows, list[str]]:
 
 
 def is_whole(row: Row) -> bool:
-    """Whether it has what a row has today, and not only what an older version wrote."""
-    return bool(row.get("precision") and ("ensemble" not in row or row.get("chosen")))
+    """Whether it has the columns that a row has today, and not only those of an older version."""
+    columns = ("precision", "weight_bytes", *(("chosen",) if "ensemble" in row else ()))
+    return all(row.get(key) for key in columns)
 
 
 def check_rows(file: Path, planned: Planned, replace: bool) -> Rows:
@@ -156,5 +157,5 @@ def keep(file: Path, training: Training, row: Row, planned: Planned, replace: bo
         try:
             record = record_of(file.stem, training.experiment, rows, training.extra)
         except ValueError as error:
-            sys.exit(f"{file}: {training.key}, {error}; expected --out to name another folder")
+            sys.exit(f"{file}: {training.key}, {error}; with another --out it is recorded without training it again")
         write(file, as_text(record))
