@@ -285,22 +285,6 @@ class SpectralDataModule(LightningDataModule):
             "seed": self.seed,
         }
 
-    def reads_of_image(self) -> tuple[tuple[int, int, int], str]:
-        """Shape and type of what a branch reads of a training image: its slices, as stored, or all pixels, of 8 bits.
-
-        Without a store its slices are taken as float32, as `stl prepare` would store them; and all pixels where the
-        augmentation takes more than slices, so that no store would do.
-
-        Raises: ConfigError if there is a store all the same.
-        """
-        if self.store is not None:
-            if self.augment is not None:
-                SliceAugment(self.augment, self.spectral, self.reads)
-            return self.in_shape, self.store.dtype
-        if self.augment is None or can_augment_slices(self.augment, self.spectral):
-            return self.in_shape, "float32"
-        return self.source.image_shape, "uint8"
-
     def _split_settings(self) -> dict[str, Any]:
         return {name: getattr(self.spectral, name) for name in ("reorganisation", "block", "transform", "pad")}
 

@@ -91,8 +91,7 @@ def test_an_mlp_by_hand() -> None:
 
 def training(network: nn.Module | None = None, **changes: Any) -> Training:
     facts: dict[str, Any] = {"n_images": 100, "epochs": 3, "batch_size": 8, "stored_as": "float32"} | changes
-    facts = {"read_shape": (1, 4, 4)} | facts
-    return Training(network or MLP((1, 4, 4), 10, depth=2), (1, 4, 4), 10, **facts)
+    return Training(network or MLP((1, 4, 4), 10, depth=2), (1, 4, 4), 10, read_shape=(1, 4, 4), **facts)
 
 
 def test_lower_precision_takes_less() -> None:

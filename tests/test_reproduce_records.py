@@ -318,7 +318,7 @@ def test_rows_that_are_added_at_once_are_all_kept(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["ensemble"]["values"] == [float(seed) for seed in seeds]
 
 
-def test_what_was_trained_otherwise_is_named_and_stays(tmp_path: Path) -> None:
+def test_what_was_trained_otherwise_is_named_and_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "digits.json"
     _keep(file, "recipe", 0, 10.0)
     assert read_rows(file, _planned()) == ({"recipe": {0: _row(_planned()["recipe"][0], 10.0)}}, [])
@@ -327,7 +327,9 @@ def test_what_was_trained_otherwise_is_named_and_stays(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="recipe, seed 0: other settings\nexpected --out"):
         keep(file, training, _row(training, 1.0), other)
     assert file.read_bytes() == before
+    check_rows(file, other, replace=True)
     keep(file, training, _row(training, 1.0), other, replace=True)
+    assert capsys.readouterr().err == f"{file} drops recipe, seed 0: other settings\n"
     assert json.loads(file.read_text())["seeds"] == [1]
 
 

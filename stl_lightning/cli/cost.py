@@ -14,6 +14,7 @@ from stl_lightning.paths import BranchPaths, RunPaths
 if TYPE_CHECKING:
     from stl_lightning.cli.config import SpectralCLI
     from stl_lightning.cost import Training
+    from stl_lightning.datamodule import SpectralDataModule
     from stl_lightning.training import BranchJob
 
 
@@ -102,7 +103,7 @@ def _of_branch(job: "BranchJob", n_images: int, paths: BranchPaths | None) -> "T
     network = job.built_module().network
     assert network is not None, "it was built"
     rows = [row for k in data.reads[0] for row in spectral.rows(k)]
-    read_shape, stored_as = data.reads_of_image()
+    read_shape, stored_as = _read_of_image(data)
     return Training(
         network,
         data.in_shape,
@@ -119,6 +120,25 @@ def _of_branch(job: "BranchJob", n_images: int, paths: BranchPaths | None) -> "T
         precision=str(job.trainer_settings.get("precision") or "32-true"),
         paths=paths,
     )
+
+
+def _read_of_image(data: "SpectralDataModule") -> tuple[tuple[int, int, int], str]:
+    """Shape and type of what a branch reads of a training image: its slices, as stored, or all pixels, of 8 bits.
+
+    Without a store its slices are taken as float32, as `stl prepare` would store them; and all pixels where the
+    augmentation takes more than slices, so that no store would do.
+
+    Raises: ConfigError if there is a store all the same.
+    """
+    from stl_lightning.augment import SliceAugment, can_augment_slices
+
+    if data.store is not None:
+        if data.augment is not None:
+            SliceAugment(data.augment, data.spectral, range(data.n_branches))
+        return data.in_shape, data.store.dtype
+    if data.augment is None or can_augment_slices(data.augment, data.spectral):
+        return data.in_shape, "float32"
+    return data.source.image_shape, "uint8"
 
 
 def _of_baseline(of_run: "SpectralCLI", cli: "SpectralCLI", n_images: int, paths: BranchPaths | None) -> "Training":

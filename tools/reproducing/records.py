@@ -128,8 +128,8 @@ def is_whole(row: Row) -> bool:
     return all(row.get(key) for key in columns)
 
 
-def check_rows(file: Path, planned: Planned, replace: bool) -> Rows:
-    """What was recorded as it would be trained today, if nothing else was, or it may be replaced.
+def check_rows(file: Path, planned: Planned, replace: bool) -> tuple[Rows, list[str]]:
+    """What `read_rows` returns, if nothing was recorded otherwise than it would be today, or it may be replaced.
 
     Raises: SystemExit that names what else was recorded.
     """
@@ -140,7 +140,7 @@ def check_rows(file: Path, planned: Planned, replace: bool) -> Rows:
             f"{file} has rows that were trained in another way than they would be now:\n  {listed}\n"
             "expected --out to name another folder and --runs one for its trainings, or --replace to drop them"
         )
-    return rows
+    return rows, others
 
 
 def keep(file: Path, training: Training, row: Row, planned: Planned, replace: bool = False) -> None:
@@ -150,8 +150,8 @@ def keep(file: Path, training: Training, row: Row, planned: Planned, replace: bo
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(f".{file.name}.lock")):
-        rows = check_rows(file, planned, replace)
-        for other in read_rows(file, planned)[1]:
+        rows, dropped = check_rows(file, planned, replace)
+        for other in dropped:
             print(f"{file} drops {other}", file=sys.stderr)
         rows.setdefault(training.key, {})[training.seed] = row
         try:
